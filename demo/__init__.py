@@ -1,0 +1,1 @@
+"""The chat demo; an application, run from the checkout with `python -m demo.app`."""

@@ -1,0 +1,132 @@
+"""Which expert took which patch, as pictures and numbers. Pure functions; nothing here knows Gradio.
+
+Shapes: S tokens of the tower (class token first, then patches row by row), E experts, H x W patch grid.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from vision_moe.plots import COLORS
+
+
+class Routing(NamedTuple):
+    """The routing of one picture.
+
+    Attributes:
+        picture: what the tower saw: cropped, padded and resized as its processor does.
+        expert_maps: int[H, W] per layer, the first choice of each patch.
+        gate_maps: float[H, W] per layer, the gate of that choice, in [0, 1].
+        num_experts: E.
+    """
+
+    picture: Image.Image
+    expert_maps: tuple[NDArray[np.int64], ...]
+    gate_maps: tuple[NDArray[np.float32], ...]
+    num_experts: int
+
+
+def first_choice(
+    router_logits_SE: torch.Tensor, grid: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """First choice of each patch, and its gate: the softmax probability over all experts.
+
+    Args:
+        router_logits_SE: float[S, E]; tokens before the last H * W (class token, registers) are left out.
+        grid: (H, W), patches per column and per row.
+
+    Returns:
+        int64[H, W] experts and float32[H, W] gates.
+
+    Raises:
+        ValueError: if there are fewer tokens than patches.
+    """
+    num_tokens, num_patches = router_logits_SE.shape[0], grid[0] * grid[1]
+    if num_tokens < num_patches:
+        raise ValueError(
+            f"router logits of {num_tokens} tokens cannot fill a grid of {grid[0]} x {grid[1]} patches;"
+            " pass those of a whole picture"
+        )
+    gates_PE = router_logits_SE[num_tokens - num_patches :].float().softmax(dim=-1)
+    gates_P, experts_P = gates_PE.max(dim=-1)
+    return experts_P.reshape(grid).cpu().numpy(), gates_P.reshape(grid).cpu().numpy()
+
+
+def palette(num_experts: int) -> NDArray[np.uint8]:
+    """One fixed color per expert: uint8[E, 3]; from the ninth expert on, the eight colors return lighter."""
+    base = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in COLORS], dtype=np.float64)
+    experts = np.arange(num_experts)
+    rounds = -(-num_experts // len(COLORS))
+    white = (0.75 * (experts // len(COLORS)) / max(rounds, 1))[:, None]
+    return np.rint(base[experts % len(COLORS)] * (1 - white) + 255 * white).astype(np.uint8)
+
+
+def overlay(
+    picture: Image.Image,
+    expert_map_HW: NDArray[np.int64],
+    gates_HW: NDArray[np.float32],
+    *,
+    num_experts: int,
+    opacity: float = 1.0,
+) -> Image.Image:
+    """Paints each patch in its expert's color, the more opaque the larger its gate.
+
+    Args:
+        picture: the background; patch (r, c) covers rows [r h / H, (r + 1) h / H) of its h, columns likewise.
+        expert_map_HW: int[H, W] in [0, num_experts).
+        gates_HW: float[H, W] in [0, 1]; color * gate * opacity + picture * (1 - gate * opacity).
+        num_experts: E, fixes the palette.
+        opacity: in [0, 1], of a patch whose gate is 1.
+
+    Raises:
+        ValueError: if the two maps differ in shape, or an expert is out of range.
+    """
+    if expert_map_HW.shape != gates_HW.shape:
+        raise ValueError(f"expert map is {expert_map_HW.shape} but gates are {gates_HW.shape}; both must be [H, W]")
+    if expert_map_HW.min() < 0 or expert_map_HW.max() >= num_experts:
+        raise ValueError(
+            f"experts must be in [0, {num_experts}), but got {expert_map_HW.min()} to {expert_map_HW.max()}"
+        )
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
+    rows = np.arange(pixels.shape[0]) * expert_map_HW.shape[0] // pixels.shape[0]
+    columns = np.arange(pixels.shape[1]) * expert_map_HW.shape[1] // pixels.shape[1]
+    cell = np.ix_(rows, columns)
+    colors = palette(num_experts)[expert_map_HW[cell]]
+    alpha = (gates_HW[cell] * opacity)[..., None]
+    return Image.fromarray(np.rint(colors * alpha + pixels * (1 - alpha)).astype(np.uint8))
+
+
+def shares(expert_map_HW: NDArray[np.int64], num_experts: int) -> NDArray[np.float64]:
+    """Share of the patches whose first choice is each expert: float[E], sums to 1."""
+    return np.bincount(expert_map_HW.ravel(), minlength=num_experts) / expert_map_HW.size
+
+
+def seen_picture(
+    pixel_values_3HW: torch.Tensor, mean: list[float], std: list[float], min_side: int = 448
+) -> Image.Image:
+    """The processor's output as a picture again, enlarged by a whole factor to at least `min_side` pixels."""
+    scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
+    pixels = (pixel_values_3HW.float().cpu() * scale + shift).clamp(0, 1).mul(255).round().byte()
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    factor = -(-min_side // min(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+
+
+def route(picture: Image.Image, router_logits: list[torch.Tensor], grid: tuple[int, int]) -> Routing:
+    """Gathers the first choices of all layers.
+
+    Args:
+        picture: what the tower saw.
+        router_logits: float[S, E] per layer, at least one.
+        grid: (H, W) patches.
+    """
+    choices = [first_choice(logits_SE, grid) for logits_SE in router_logits]
+    return Routing(
+        picture=picture,
+        expert_maps=tuple(experts for experts, _ in choices),
+        gate_maps=tuple(gates for _, gates in choices),
+        num_experts=router_logits[0].shape[-1],
+    )

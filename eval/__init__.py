@@ -1,0 +1,4 @@
+"""Benchmarks, run from the checkout: `python -m eval.run`, `.retrieval`, `.factors`, `.zero_shot`, `.report`.
+
+Always `from eval.x import y`: a bare import of this package would rebind the builtin of the same name.
+"""

@@ -1,0 +1,50 @@
+"""The dual encoder that a benchmark measures: folder -> model, processor and what identifies them."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoProcessor
+
+import vision_moe.model  # noqa: F401  registers the model types
+from vision_moe.assets import resolve_model
+
+logger = logging.getLogger(__name__)
+
+
+def load_encoder(name: str, device: str | None = None) -> tuple[Any, Any]:
+    """Loads a CLIPModel or CLIPMoEModel and its processor.
+
+    Args:
+        name: a folder written by save_pretrained, a packaged model ("scenes-clip") or a hub id.
+        device: torch device; None = cuda if there is one.
+
+    Raises:
+        ValueError: if the model is no dual encoder (a vision tower alone has no text side to compare with).
+    """
+    folder = resolve_model(name)
+    model = AutoModel.from_pretrained(folder)
+    if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+        raise ValueError(
+            f"{name} holds a {type(model).__name__}; this benchmark needs a dual encoder: a CLIPModel or a CLIPMoEModel"
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def weights_sha256(name: str) -> str | None:
+    """SHA-256 over the weights files of a model folder, in the order of their names; None for a hub id."""
+    folder = Path(resolve_model(name))
+    if not folder.is_dir():
+        return None
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise FileNotFoundError(f"no weights (*.safetensors) in {folder}")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""CLIP-MoE inside LLaVA-1.5: assemble, train and talk to it."""

@@ -1,0 +1,157 @@
+"""The fields of a LLaVA recipe. Defaults are LLaVA-1.5's published settings (Liu et al. 2023, arXiv:2310.03744)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+TrainMode = Literal["frozen", "full", "lora"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters on every linear layer of the language model but its head."""
+
+    r: int = 128
+    """Rank."""
+    alpha: int = 256
+    """Scale; the update is multiplied by alpha / r."""
+    dropout: float = 0.05
+    """Dropout before the adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of training: what trains, on what, how fast. Used for `pretrain` and for `finetune`."""
+
+    enabled: bool = True
+    """Run the stage; without `pretrain` the projector starts from random weights."""
+    data: Path | None = None
+    """LLaVA JSON; required unless the recipe makes its own Scenes."""
+    image_folder: Path | None = None
+    """Folder of this stage's pictures; the recipe's image_folder if None."""
+    template: Literal["v1", "plain", "chat"] | None = None
+    """Conversation template of this stage; the recipe's template if None. "plain" drops the question."""
+    image_aspect_ratio: Literal["square", "pad"] | None = None
+    """How this stage's pictures become square; the recipe's image_aspect_ratio if None."""
+    tower: Literal["frozen", "full"] = "frozen"
+    """Vision tower: frozen, or all of its weights."""
+    projector: Literal["frozen", "full"] = "full"
+    """Projector: frozen, or all of its weights."""
+    llm: TrainMode = "frozen"
+    """Language model: frozen, all of its weights, or LoRA."""
+    tower_lr: float = 2e-6
+    """Peak learning rate of the vision tower."""
+    projector_lr: float = 1e-3
+    """Peak learning rate of the projector."""
+    llm_lr: float = 2e-5
+    """Peak learning rate of the language model or its adapters."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Adapters for llm: lora."""
+    epochs: float = 1.0
+    """Passes over the data when samples is None."""
+    samples: int | None = None
+    """Dialogues seen."""
+    global_batch_size: int = 128
+    """Dialogues per step over all processes; gradient accumulation is derived from it."""
+    per_device_batch_size: int = 16
+    """Dialogues per forward in one process."""
+    warmup: float = 0.03
+    """Linear warm-up: steps, or a share of all steps when below 1."""
+    schedule: str = "cosine"
+    """A transformers scheduler name; cosine decays to 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay; none on biases and norms."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm; 0 is off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    group_by_modality_length: bool = False
+    """Batches of one modality and of similar length, as LLaVA-1.5's fine-tuning has them."""
+
+    def __post_init__(self) -> None:
+        if not self.enabled:
+            return
+        if (self.tower, self.projector, self.llm) == ("frozen", "frozen", "frozen"):
+            raise ValueError("a stage must train something, but tower, projector and llm are all frozen")
+        if self.global_batch_size < 1 or self.per_device_batch_size < 1:
+            raise ValueError(
+                f"batch sizes must be positive, but got global_batch_size={self.global_batch_size} "
+                f"and per_device_batch_size={self.per_device_batch_size}"
+            )
+
+    def accumulation(self, world_size: int) -> int:
+        """Forwards per step and process.
+
+        Raises:
+            ValueError: the global batch is no multiple of what all processes take in one forward.
+        """
+        together = self.per_device_batch_size * world_size
+        if self.global_batch_size % together:
+            raise ValueError(
+                f"global_batch_size must be a multiple of per_device_batch_size x processes = "
+                f"{self.per_device_batch_size} x {world_size} = {together}, but got {self.global_batch_size}"
+            )
+        return self.global_batch_size // together
+
+
+def _pretrain() -> StageConfig:
+    return StageConfig(template="plain", image_aspect_ratio="square", global_batch_size=256, per_device_batch_size=32)
+
+
+def _finetune() -> StageConfig:
+    return StageConfig(llm="full", projector_lr=2e-5, group_by_modality_length=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaConfig:
+    """Trains LLaVA-1.5 with a CLIP or CLIP-MoE as its vision tower: stage pretrain, then stage finetune."""
+
+    output: Path
+    """Folder of the run; an interrupted run goes on when it is started again with the same recipe."""
+    vision: str = "scenes-clip"
+    """Vision tower: a folder or hub name of a CLIP or CLIP-MoE (whole or image half), or "scenes-clip"."""
+    llm: str = "scenes-llama"
+    """Language model: a folder or hub name of a Llama-family model, "smollm2", or "scenes-llama"."""
+    image_folder: Path | None = None
+    """Folder that picture names in the data are relative to."""
+    scenes: int = 0
+    """Pictures of the built-in Scenes data to make below the output where a stage names no data; 0 makes none."""
+    template: Literal["v1", "chat"] = "v1"
+    """Conversation template that the finished model talks in."""
+    select_layer: int = -2
+    """Hidden layer of the tower that the language model sees."""
+    projector: str = "mlp2x_gelu"
+    """Projector: linear, or mlp{N}x_gelu."""
+    image_aspect_ratio: Literal["square", "pad"] = "pad"
+    """How pictures become square: cropped in the middle, or padded with the mean colour."""
+    max_length: int = 2048
+    """Longest sequence in tokens, image tokens included; text beyond it is cut."""
+    pretrain: StageConfig = field(default_factory=_pretrain)
+    """Stage 1: the projector learns to speak the language model's tongue."""
+    finetune: StageConfig = field(default_factory=_finetune)
+    """Stage 2: instruction tuning."""
+    deepspeed: str = "zero2"
+    """"zero2", "zero3", "none", or a DeepSpeed JSON."""
+    bf16: bool = True
+    """bfloat16 arithmetic."""
+    num_workers: int = 0
+    """Data loading processes; 0 loads in the training process."""
+    logging_steps: int = 1
+    """Steps between entries of metrics.jsonl."""
+    save_steps: int = 500
+    """Steps between checkpoints; a killed stage goes on from the last complete one."""
+    seed: int = 0
+    """Seed of everything."""
+
+    def __post_init__(self) -> None:
+        if not (self.pretrain.enabled or self.finetune.enabled):
+            raise ValueError("both stages are disabled; enable pretrain, finetune, or both")
+        if self.deepspeed not in ("zero2", "zero3", "none") and not Path(self.deepspeed).is_file():
+            raise ValueError(f"deepspeed must be zero2, zero3, none or an existing JSON file, but got {self.deepspeed!r}")
+
+    def stages(self) -> list[tuple[str, StageConfig]]:
+        """The enabled stages in order."""
+        return [(name, stage) for name, stage in self._all_stages() if stage.enabled]
+
+    def _all_stages(self) -> list[tuple[str, StageConfig]]:
+        return [("pretrain", self.pretrain), ("finetune", self.finetune)]

@@ -1,0 +1,129 @@
+"""transformers' Trainer for one LLaVA stage: a learning rate for each part, exact global batches, safe checkpoints."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mllm.parts import named_parts
+from vision_moe.distributed import barrier, is_main
+from vision_moe.tracking import write_json
+
+logger = logging.getLogger(__name__)
+
+_TRAINED = "trained.safetensors"
+_COMPLETE = "complete.json"
+
+
+class LlavaTrainer(Trainer):
+    """Trainer whose batches come from a batch sampler that already gives each rank its own indices.
+
+    Args:
+        batch_sampler: yields this rank's indices for each forward.
+        learning_rates: peak learning rate by part ("projector", "llm", "tower").
+    """
+
+    def __init__(
+        self, *args: Any, batch_sampler: Sampler[Any], learning_rates: Mapping[str, float], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.batch_sampler = batch_sampler
+        self.learning_rates = learning_rates
+        self._aux_losses: list[Tensor] = []
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The loader is not handed to accelerate, which would deal the batches out a second time."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_num_workers > 0,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """AdamW over the parameters that train, in groups of one part each, with and without weight decay."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_cls(self._parameter_groups(model), **options)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss; what an unfrozen MoE tower adds to it is logged apart."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        aux_loss = getattr(outputs, "aux_loss", None)
+        if aux_loss is not None:
+            self._aux_losses.append(aux_loss.detach().float().cpu())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean aux loss since the last log."""
+        if "loss" in logs and self._aux_losses:
+            logs["aux_loss"] = float(sum(self._aux_losses) / len(self._aux_losses))
+            self._aux_losses = []
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes a checkpoint's weights: what trains, under its own name; DeepSpeed's engine writes its own instead.
+
+        The Trainer's way would write the folder layout of `save_pretrained`, whose names differ from the model's, and
+        load it back with strict=False: the resumed run would silently start from the old weights.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.is_deepspeed_enabled or not is_main():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, folder / _TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        trained = load_file(Path(resume_from_checkpoint) / _TRAINED)
+        model = self.model if model is None else model
+        wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+        if trained.keys() != wanted:
+            raise ValueError(f"{resume_from_checkpoint} holds other parameters than this stage trains; delete it")
+        model.load_state_dict(trained, strict=False)
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = []
+        for part, parameters in named_parts(model).items():
+            for decay in (True, False):
+                chosen = [p for name, p in parameters if p.requires_grad and (name in decayed) is decay]
+                if chosen:
+                    weight_decay = self.args.weight_decay if decay else 0.0
+                    groups.append({"params": chosen, "lr": self.learning_rates[part], "weight_decay": weight_decay})
+        return groups
+
+
+class CheckpointMarker(TrainerCallback):
+    """Marks a checkpoint complete when every rank has written its share: a kill in between leaves it unmarked."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        barrier()
+        if is_main():
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / _COMPLETE, {"step": state.global_step})
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint below `folder` that every rank finished, if any."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up, then runs the test suite; arguments go to pytest.
+#
+#   bash scripts/test.sh                      everything but the tests marked slow or gpu
+#   bash scripts/test.sh -m slow              the slow ones
+#   bash scripts/test.sh tests/vision_moe -k upcycle
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+# Tests bring their own models and data: a try to reach a hub is a mistake, and must fail at once.
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec .venv/bin/python -m pytest "$@"

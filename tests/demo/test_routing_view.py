@@ -1,0 +1,90 @@
+"""The overlay's colors and geometry, worked by hand."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from demo.routing_view import first_choice, overlay, palette, route, seen_picture, shares
+
+
+def test_class_token_is_left_out_and_patches_stay_row_major() -> None:
+    logits_SE = torch.full((7, 3), -10.0)
+    # The class token shouts for expert 2; patches choose 0 1 2 / 2 1 0.
+    for token, expert in enumerate([2, 0, 1, 2, 2, 1, 0]):
+        logits_SE[token, expert] = 10.0
+    experts_HW, gates_HW = first_choice(logits_SE, (2, 3))
+    assert experts_HW.tolist() == [[0, 1, 2], [2, 1, 0]]
+    assert np.allclose(gates_HW, 1.0, atol=1e-6)
+
+
+def test_gate_is_the_probability_over_all_experts() -> None:
+    logits_SE = torch.tensor([[0.0, 0.0], [0.0, np.log(3.0)]])
+    experts_HW, gates_HW = first_choice(logits_SE, (1, 1))
+    assert experts_HW.tolist() == [[1]]
+    assert gates_HW[0, 0] == pytest.approx(0.75)
+
+
+def test_fewer_tokens_than_patches_is_an_error_that_names_both() -> None:
+    with pytest.raises(ValueError, match="3 tokens cannot fill a grid of 2 x 2"):
+        first_choice(torch.zeros(3, 4), (2, 2))
+
+
+def test_overlay_mixes_color_and_picture_by_gate_patch_by_patch() -> None:
+    picture = Image.new("RGB", (4, 2), (100, 200, 0))
+    experts_HW = np.array([[0, 1]])
+    gates_HW = np.array([[1.0, 0.5]], dtype=np.float32)
+    pixels = np.asarray(overlay(picture, experts_HW, gates_HW, num_experts=4))
+    # Expert 0 is #0072B2; expert 1 is #E69F00 = (230, 159, 0), half of it and half of the picture.
+    assert (pixels[:, :2] == (0x00, 0x72, 0xB2)).all()
+    assert (np.abs(pixels[:, 2:].astype(int) - (165, 179.5, 0)) <= 0.5).all()
+    assert pixels.shape == (2, 4, 3)
+
+
+def test_overlay_geometry_covers_pictures_that_patches_do_not_divide() -> None:
+    experts_HW = np.array([[0, 1], [2, 3]])
+    pixels = np.asarray(overlay(Image.new("RGB", (5, 3)), experts_HW, np.ones((2, 2), np.float32), num_experts=4))
+    colors = palette(4)
+    # Rows 0, 1 | 2 and columns 0, 1, 2 | 3, 4: pixel i belongs to patch i * 2 // size.
+    assert (pixels[:2, :3] == colors[0]).all()
+    assert (pixels[:2, 3:] == colors[1]).all()
+    assert (pixels[2:, :3] == colors[2]).all()
+    assert (pixels[2:, 3:] == colors[3]).all()
+
+
+def test_opacity_zero_leaves_the_picture_untouched() -> None:
+    picture = Image.effect_noise((8, 8), 60).convert("RGB")
+    result = overlay(picture, np.zeros((2, 2), int), np.ones((2, 2), np.float32), num_experts=1, opacity=0.0)
+    assert result.tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("experts", [[[4]], [[-1]]], ids=str)
+def test_expert_out_of_range_is_an_error(experts: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match=r"experts must be in \[0, 4\)"):
+        overlay(Image.new("RGB", (2, 2)), np.array(experts), np.ones((1, 1), np.float32), num_experts=4)
+
+
+def test_palette_is_fixed_and_all_its_colors_differ() -> None:
+    assert (palette(4) == palette(8)[:4]).all()
+    for num_experts in (8, 16, 32):
+        assert len({tuple(color) for color in palette(num_experts).tolist()}) == num_experts
+
+
+def test_shares_count_patches_and_list_experts_without_any() -> None:
+    assert shares(np.array([[0, 0], [2, 0]]), 4).tolist() == [0.75, 0.0, 0.25, 0.0]
+
+
+def test_seen_picture_undoes_the_normalization() -> None:
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+    color = torch.tensor([51, 102, 204])
+    pixel_values = ((color / 255 - torch.tensor(mean)) / torch.tensor(std))[:, None, None].expand(3, 4, 4)
+    picture = seen_picture(pixel_values, mean, std, min_side=10)
+    assert picture.size == (12, 12)
+    assert (np.asarray(picture) == (51, 102, 204)).all()
+
+
+def test_route_keeps_layers_in_order() -> None:
+    layers = [torch.eye(4)[[0, 1, 1, 1, 1]] * 9, torch.eye(4)[[0, 3, 2, 1, 0]] * 9]
+    routing = route(Image.new("RGB", (4, 4)), layers, (2, 2))
+    assert [experts.tolist() for experts in routing.expert_maps] == [[[1, 1], [1, 1]], [[3, 2], [1, 0]]]
+    assert routing.num_experts == 4

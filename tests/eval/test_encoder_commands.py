@@ -1,0 +1,154 @@
+"""eval.retrieval, eval.factors, eval.zero_shot and eval.report, each as its command, on a tiny CLIP folder."""
+
+import hashlib
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from eval.encoder import load_encoder, weights_sha256
+from eval.factors import main as factors_main
+from eval.report import main as report_main
+from eval.retrieval import main as retrieval_main
+from eval.zero_shot import ClassFolders, read_templates
+from eval.zero_shot import main as zero_shot_main
+from vision_moe.recipe import ScratchConfig
+from vision_moe.scratch import build_clip
+
+COLORS = ["red", "green", "blue", "white"]
+
+
+def _add(tar, name, payload):
+    info = tarfile.TarInfo(name)
+    info.size = len(payload)
+    tar.addfile(info, io.BytesIO(payload))
+
+
+def _jpeg(color):
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32), color).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    config = ScratchConfig(
+        image_size=32,
+        patch_size=16,
+        hidden_size=32,
+        num_vision_layers=2,
+        num_text_layers=2,
+        num_heads=2,
+        projection_dim=16,
+        max_text_tokens=12,
+        vocab_size=300,
+    )
+    model, processor = build_clip(config, [f"a {color} picture" for color in COLORS], seed=0)
+    folder = tmp_path_factory.mktemp("clip")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    with tarfile.open(folder / "test-0000.tar", "w") as tar:
+        for index, color in enumerate(COLORS):
+            others = [other for other in COLORS if other != color]
+            truth = f"a {color} picture of nothing"
+            content = {
+                "captions": [f"a {color} picture", f"{color} only"],
+                "long": truth,
+                "variants": {"color": [truth, *(f"a {other} picture of nothing" for other in others)]},
+            }
+            _add(tar, f"{index:04d}.jpg", _jpeg(color))
+            _add(tar, f"{index:04d}.json", json.dumps(content).encode())
+    return folder
+
+
+def test_retrieval_writes_every_metric_with_its_n(model_folder, shards, tmp_path, capsys):
+    output = tmp_path / "retrieval.json"
+    retrieval_main(["--model", str(model_folder), "--data", str(shards), "--output", str(output)])
+    written = json.loads(output.read_text())
+    assert (written["result"]["num_images"], written["result"]["num_captions"]) == (4, 8)
+    assert set(written["result"]["image_to_text"]) == {"R@1", "R@5", "R@10"}
+    assert written["model"]["weights_sha256"] == weights_sha256(str(model_folder))
+    assert "| image to text |" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["retrieval.json"]
+
+
+def test_retrieval_with_long_captions_has_one_a_picture(model_folder, shards, tmp_path):
+    output = tmp_path / "long.json"
+    flags = ["--model", str(model_folder), "--data", str(shards), "--output", str(output)]
+    retrieval_main([*flags, "--caption-field", "long"])
+    assert json.loads(output.read_text())["result"]["num_captions"] == 4
+
+
+def test_factors_writes_accuracy_chance_and_n(model_folder, shards, tmp_path):
+    output = tmp_path / "factors.json"
+    factors_main(["--model", str(model_folder), "--data", str(shards), "--output", str(output)])
+    entry = json.loads(output.read_text())["result"]["color"]
+    assert entry["n"] == 4
+    assert entry["chance"] == pytest.approx(1 / 4)
+
+
+def test_zero_shot_reads_class_folders_and_templates(model_folder, tmp_path):
+    for color in COLORS:
+        (tmp_path / "data" / color).mkdir(parents=True)
+        (tmp_path / "data" / color / "0.jpg").write_bytes(_jpeg(color))
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a {} picture\n\n{} only\n")
+    output = tmp_path / "zero_shot.json"
+    flags = ["--model", str(model_folder), "--data", str(tmp_path / "data"), "--output", str(output)]
+    zero_shot_main([*flags, "--templates", str(templates)])
+    written = json.loads(output.read_text())
+    assert written["result"]["accuracy"]["top-1"]["n"] == 4
+    assert written["result"]["chance"] == pytest.approx(1 / 4)
+    assert "top-5" not in written["result"]["accuracy"]
+    assert written["settings"]["templates"] == ["a {} picture", "{} only"]
+
+
+def test_zero_shot_refuses_a_class_without_pictures(tmp_path):
+    for color in COLORS:
+        (tmp_path / color).mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        ClassFolders(tmp_path)
+
+
+def test_templates_without_a_place_for_the_class_are_refused(tmp_path):
+    file = tmp_path / "templates.txt"
+    file.write_text("a photo\n")
+    with pytest.raises(ValueError, match="a photo"):
+        read_templates(file)
+
+
+def test_report_shows_a_table_of_each_record_in_a_folder(model_folder, shards, tmp_path, capsys):
+    for name, command in (("retrieval", retrieval_main), ("factors", factors_main)):
+        output = tmp_path / f"{name}.json"
+        command(["--model", str(model_folder), "--data", str(shards), "--output", str(output)])
+    capsys.readouterr()
+    report_main([str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "## retrieval" in shown
+    assert "| color |" in shown
+
+
+def test_report_without_a_record_exits_non_zero(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit, match="no record"):
+        report_main([str(tmp_path)])
+
+
+def test_a_vision_tower_alone_is_refused(model_folder, tmp_path):
+    model, _ = load_encoder(str(model_folder))
+    model.vision_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dual encoder"):
+        load_encoder(str(tmp_path))
+
+
+def test_the_fingerprint_is_the_hash_of_the_weights(model_folder):
+    expected = hashlib.sha256((model_folder / "model.safetensors").read_bytes()).hexdigest()
+    assert weights_sha256(str(model_folder)) == expected

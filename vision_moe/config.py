@@ -1,0 +1,76 @@
+"""Recipes: frozen dataclasses filled from YAML files and flags. The only file that knows the CLI library.
+
+Precedence, low to high: field default, first recipe, next recipe, ..., flags.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import auto_cli
+
+Config = TypeVar("Config")
+
+
+def parse(cls: type[Config], args: Sequence[str] | None = None, *, smoke: Path | None = None) -> Config:
+    """Builds `cls` from `RECIPE.yaml [RECIPE2.yaml ...] [--field value ...] [--part.field value ...]`.
+
+    Args:
+        cls: a dataclass; nested dataclasses become groups of flags; attribute docstrings become `--help`.
+        args: command line without the program's name; `sys.argv[1:]` if None.
+        smoke: overlay recipe that the flag `--smoke` applies after the others.
+
+    Raises:
+        FileNotFoundError: a recipe does not exist.
+        SystemExit: an option or value is not accepted; the message on stderr names it.
+    """
+    rest = list(sys.argv[1:] if args is None else args)
+    recipes: list[Path] = []
+    while rest and not rest[0].startswith("-"):
+        recipes.append(Path(rest.pop(0)))
+    if smoke is not None and "--smoke" in rest:
+        rest = [flag for flag in rest if flag != "--smoke"]
+        recipes.append(smoke)
+    flags: list[str] = []
+    for recipe in recipes:
+        if not recipe.is_file():
+            raise FileNotFoundError(f"no recipe {recipe}{_nearest(recipe)}")
+        flags += ["--config", str(recipe)]
+    built: Config = auto_cli(cls, args=flags + rest, as_positional=False)
+    return built
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain YAML values (paths as strings, tuples as lists)."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def write_yaml(config: Any, path: Path) -> None:
+    """Writes the resolved configuration; reading it back by `parse` gives an equal one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _nearest(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path()
+    close = difflib.get_close_matches(path.name, [entry.name for entry in folder.glob("*.yaml")], n=1)
+    return f"; did you mean {folder / close[0]}?" if close else ""

@@ -1,0 +1,243 @@
+"""Batch samplers whose batches are shared by all ranks: random epochs, and batches from one cluster (MCL).
+
+A dataset key is (index, epoch): the epoch decides which of a picture's captions is drawn. Every sampler plans
+the global batch from the seed alone, so all ranks plan the same one, and each takes its own slice of it.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Sampler
+
+DatasetKey = tuple[int, int]
+
+
+class GlobalBatchSampler(Sampler[list[DatasetKey]]):
+    """Yields this rank's slice of each global batch; the slices in rank order are the batch of one process.
+
+    Args:
+        global_batch_size: samples per step, over all ranks.
+        num_steps: batches to yield, across as many epochs as that takes.
+        seed: decides every batch.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: the batch cannot be divided evenly, or a number is out of range.
+    """
+
+    def __init__(self, global_batch_size: int, num_steps: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if global_batch_size < 1 or num_steps < 1 or seed < 0:
+            raise ValueError(
+                "global_batch_size and num_steps must be at least 1 and seed at least 0, but got "
+                f"global_batch_size={global_batch_size}, num_steps={num_steps}, seed={seed}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size), but got rank={rank}, world_size={world_size}")
+        if global_batch_size % world_size:
+            raise ValueError(
+                f"global_batch_size must be a multiple of world_size, but got {global_batch_size} with "
+                f"world_size={world_size}"
+            )
+        self.global_batch_size = global_batch_size
+        self.num_steps = num_steps
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[DatasetKey]]:
+        size = self.global_batch_size // self.world_size
+        own = slice(self.rank * size, (self.rank + 1) * size)
+        for epoch, batch in islice(self._epochs(), self.num_steps):
+            yield [(int(index), epoch) for index in batch[own]]
+
+    def _epochs(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        epoch = 0
+        while True:
+            for batch in self.global_batches(epoch):
+                yield epoch, batch
+            epoch += 1
+
+    @abstractmethod
+    def global_batches(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        """Sample indices of the global batches of one epoch; at least one batch, and no index twice."""
+
+    def shuffled(self, indices: NDArray[np.int64], *stream: int) -> NDArray[np.int64]:
+        """The indices in an order that depends on the seed and on `stream` (epoch, cluster, ...) only."""
+        return np.random.default_rng([self.seed, *stream]).permutation(indices)
+
+
+class EpochBatchSampler(GlobalBatchSampler):
+    """Ordinary training: each epoch a new order of all samples, cut into batches, the incomplete last one dropped.
+
+    Args:
+        num_samples: length of the data set.
+        global_batch_size: samples per step, over all ranks.
+        num_steps: batches to yield.
+        seed: decides every batch.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: fewer samples than one global batch, or as GlobalBatchSampler.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        num_steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(global_batch_size, num_steps, seed, rank, world_size)
+        if num_samples < global_batch_size:
+            raise ValueError(
+                f"num_samples={num_samples} is less than global_batch_size={global_batch_size}; lower the latter"
+            )
+        self.num_samples = num_samples
+
+    def global_batches(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        order = self.shuffled(np.arange(self.num_samples), epoch)
+        for start in range(0, self.num_samples - self.global_batch_size + 1, self.global_batch_size):
+            yield order[start : start + self.global_batch_size]
+
+
+class ClusterBatchSampler(GlobalBatchSampler):
+    """Multistage contrastive learning: a global batch comes from one cluster, so that all negatives share its label.
+
+    Round robin over the clusters in order of their label; a cluster is shuffled anew each epoch and gives as
+    many whole batches as it holds, one a visit. Clusters smaller than a batch are dropped (as the official
+    CLIP-MoE code does), or back off: they are pooled with the other small ones below the same parent label,
+    members of one cluster side by side. A pooled batch holds several labels; the loss must then not count
+    pairs of different label as negatives (`groups_B` of contrastive_loss).
+
+    Args:
+        labels_N: int[N], accumulated label of every sample.
+        global_batch_size: samples per step, over all ranks.
+        num_steps: batches to yield.
+        seed: decides every batch.
+        rank: number of this process.
+        world_size: number of processes.
+        small_clusters: what becomes of clusters smaller than a global batch.
+        parents: int[N], coarser labels for "back_off": those of the stage before, or zeros for one pool.
+
+    Attributes:
+        dropped: samples of an epoch that are in none of its batches.
+
+    Raises:
+        ValueError: no cluster or pool fills a batch, or the parents do not fit the labels.
+    """
+
+    def __init__(
+        self,
+        labels_N: Tensor | NDArray[np.int64],
+        global_batch_size: int,
+        num_steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        small_clusters: Literal["drop", "back_off"] = "drop",
+        parents: Tensor | NDArray[np.int64] | None = None,
+    ) -> None:
+        super().__init__(global_batch_size, num_steps, seed, rank, world_size)
+        if small_clusters not in ("drop", "back_off"):
+            raise ValueError(f"unknown small_clusters {small_clusters!r}; choose one of: drop, back_off")
+        members = _members(np.asarray(labels_N))
+        self.cluster_sizes = {label: len(indices) for label, indices in members.items()}
+        small = {label: indices for label, indices in members.items() if len(indices) < global_batch_size}
+        # A source of batches is a list of clusters: a large one alone, or the pooled small ones of a parent.
+        self._sources = [[(label, indices)] for label, indices in members.items() if label not in small]
+        self._pooled: set[int] = set()
+        if small_clusters == "back_off":
+            pools = _pools(small, _parents_of(members, parents))
+            pools = [pool for pool in pools if sum(len(indices) for _, indices in pool) >= global_batch_size]
+            self._sources += pools
+            self._pooled = {label for pool in pools for label, _ in pool}
+        self.batches_per_epoch = sum(_size(source) // global_batch_size for source in self._sources)
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"none of {len(members)} clusters fills a global batch of {global_batch_size}: the largest has "
+                f"{max(self.cluster_sizes.values())} of {sum(self.cluster_sizes.values())} samples; lower "
+                'global_batch_size or the number of clusters, or set small_clusters="back_off"'
+            )
+        self.dropped = sum(self.cluster_sizes.values()) - self.batches_per_epoch * global_batch_size
+
+    def global_batches(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        size = self.global_batch_size
+        orders = [self._order(source, epoch) for source in self._sources]
+        for visit in range(max(len(order) // size for order in orders)):
+            for order in orders:
+                if (visit + 1) * size <= len(order):
+                    yield order[visit * size : (visit + 1) * size]
+
+    def report(self) -> dict[str, int | dict[int, int]]:
+        """Clusters and their sizes; batches, dropped and backed off samples of one epoch."""
+        lost = [
+            label
+            for label, size in self.cluster_sizes.items()
+            if size < self.global_batch_size and label not in self._pooled
+        ]
+        return {
+            "clusters": len(self.cluster_sizes),
+            "sizes": dict(self.cluster_sizes),
+            "batches": self.batches_per_epoch,
+            "dropped": self.dropped,
+            "dropped_clusters": len(lost),
+            "dropped_in_small_clusters": sum(self.cluster_sizes[label] for label in lost),
+            "backed_off": sum(self.cluster_sizes[label] for label in self._pooled),
+        }
+
+    def _order(self, source: list[tuple[int, NDArray[np.int64]]], epoch: int) -> NDArray[np.int64]:
+        turns = self.shuffled(np.arange(len(source)), epoch, 0, source[0][0])
+        return np.concatenate([self.shuffled(source[turn][1], epoch, 1, source[turn][0]) for turn in turns])
+
+
+def _members(labels_N: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
+    if labels_N.ndim != 1 or labels_N.size == 0 or labels_N.dtype.kind not in "iu" or labels_N.min() < 0:
+        raise ValueError(
+            "labels_N must be a non-empty vector of integers from 0, but got shape "
+            f"{labels_N.shape}, dtype {labels_N.dtype}"
+        )
+    order = np.argsort(labels_N, kind="stable")
+    labels, starts = np.unique(labels_N[order], return_index=True)
+    parts = np.split(order, starts[1:])
+    return {int(label): part for label, part in zip(labels, parts, strict=True)}
+
+
+def _parents_of(members: dict[int, NDArray[np.int64]], parents: Tensor | NDArray[np.int64] | None) -> dict[int, int]:
+    num_samples = sum(len(indices) for indices in members.values())
+    if parents is None:
+        raise ValueError('small_clusters="back_off" needs parents, the coarser label of every sample')
+    parents_N = np.asarray(parents)
+    if parents_N.shape != (num_samples,):
+        raise ValueError(f"parents must have shape ({num_samples},) like the labels, but got {parents_N.shape}")
+    found = {}
+    for label, indices in members.items():
+        above = np.unique(parents_N[indices])
+        if len(above) > 1:
+            raise ValueError(
+                f"parents must be coarser than labels, but cluster {label} has parents {above[:5].tolist()}"
+            )
+        found[label] = int(above[0])
+    return found
+
+
+def _pools(small: dict[int, NDArray[np.int64]], parent_of: dict[int, int]) -> list[list[tuple[int, NDArray[np.int64]]]]:
+    pools: dict[int, list[tuple[int, NDArray[np.int64]]]] = {}
+    for label, indices in small.items():
+        pools.setdefault(parent_of[label], []).append((label, indices))
+    return [pools[parent] for parent in sorted(pools)]
+
+
+def _size(source: list[tuple[int, NDArray[np.int64]]]) -> int:
+    return sum(len(indices) for _, indices in source)

@@ -1,0 +1,229 @@
+"""CLIP-MoE (Zhang et al. 2024) as transformers models: transformers' CLIP with some MLPs replaced by mixtures.
+
+Attention, embeddings, norms and projections are transformers' own, and so are their weights' names: a dense CLIP
+checkpoint maps onto a CLIP-MoE by name, except for the MLPs of the MoE blocks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPPreTrainedModel, CLIPTextModel, CLIPVisionModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, CLIPVisionEmbeddings
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from vision_moe.model.configuration import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
+from vision_moe.model.encoder import CLIPMoEEncoder, CLIPMoEEncoderLayer, tower_aux_loss
+from vision_moe.model.outputs import CLIPMoEOutput, CLIPMoETowerOutput
+from vision_moe.moe.experts import Experts
+from vision_moe.moe.router import Router
+
+
+class CLIPMoEPreTrainedModel(CLIPPreTrainedModel):
+    """What the three models share: initialization, captured outputs, the experts' implementation."""
+
+    config: CLIPMoEConfig
+    base_model_prefix = "clip_moe"
+    _no_split_modules = ["CLIPTextEmbeddings", "CLIPMoEEncoderLayer", "CLIPVisionEmbeddings"]  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": CLIPMoEEncoderLayer,
+        "attentions": CLIPAttention,
+        "router_logits": OutputRecorder(CLIPMoEEncoderLayer, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        factor = self.config.initializer_factor
+        if isinstance(module, Router):
+            init.normal_(module.weight, std=self.config.get_text_config().initializer_range * factor)
+        elif isinstance(module, Experts):
+            # As CLIPMLP's fc1 and fc2, so that an expert starts as the MLP it replaces would.
+            dim, depth = module.config.hidden_size, module.config.num_hidden_layers
+            init.normal_(module.up_proj, std=(2 * dim) ** -0.5 * factor)
+            init.normal_(module.down_proj, std=dim**-0.5 * (2 * depth) ** -0.5 * factor)
+            init.zeros_(module.up_proj_bias)
+            init.zeros_(module.down_proj_bias)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for a decorator in this file's text; the experts live in vision_moe.moe.experts.
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The implementation asked for, or "eager", which is the fast one here: see vision_moe.moe.experts."""
+        return super().get_correct_experts_implementation(requested_experts or "eager")
+
+    def _wants_aux_loss(self, kwargs: dict[str, Any]) -> bool:
+        wants_logits = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+        return self.training or bool(wants_logits)
+
+
+class CLIPMoEVisionModel(CLIPMoEPreTrainedModel, CLIPVisionModel):
+    """The image tower."""
+
+    config: CLIPMoEVisionConfig
+
+    def __init__(self, config: CLIPMoEVisionConfig) -> None:
+        # Past CLIPVisionModel's own constructor, which would build and initialize a dense tower first.
+        super(CLIPVisionModel, self).__init__(config)
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = norm if config.pre_layernorm else nn.Identity()
+        self.encoder = CLIPMoEEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> CLIPMoETowerOutput:
+        """Encodes images.
+
+        Args:
+            pixel_values: float[B, 3, H, W].
+            interpolate_pos_encoding: accept sizes other than the config's.
+            **kwargs: output_hidden_states (a flag, or the index or indices of the states to keep), output_attentions,
+                output_router_logits, return_dict.
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing; the image tower needs float[B, 3, H, W]")
+        embeddings = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        encoded = self.encoder(self.pre_layrnorm(embeddings), **kwargs)
+        return CLIPMoETowerOutput(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=self.post_layernorm(encoded.last_hidden_state[:, 0]),
+            aux_loss=tower_aux_loss(self.config, encoded, None) if self._wants_aux_loss(kwargs) else None,
+        )
+
+
+class CLIPMoETextModel(CLIPMoEPreTrainedModel, CLIPTextModel):
+    """The text tower. Padding is neither routed nor counted, as far as `attention_mask` tells of it."""
+
+    config: CLIPMoETextConfig
+
+    def __init__(self, config: CLIPMoETextConfig) -> None:
+        # Past CLIPTextModel's own constructor, which would build and initialize a dense tower first.
+        super(CLIPTextModel, self).__init__(config)
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = CLIPMoEEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CLIPMoETowerOutput:
+        """Encodes captions.
+
+        Args:
+            input_ids: int64[B, S], each row with an end token.
+            attention_mask: [B, S], 0 at padding; None = no padding.
+            position_ids: int64[B, S] or [1, S]; None = 0 to S - 1.
+            **kwargs: output_hidden_states (a flag, or the index or indices of the states to keep), output_attentions,
+                output_router_logits, return_dict.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids is missing; the text tower needs int64[B, S]")
+        input_ids = input_ids.view(-1, input_ids.shape[-1])
+        mask_BS = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask.bool()
+        embeddings = self.embeddings(input_ids=input_ids, position_ids=position_ids)
+        causal_mask = create_causal_mask(
+            config=self.config, inputs_embeds=embeddings, attention_mask=attention_mask, past_key_values=None
+        )
+        kwargs.pop("is_causal", None)
+        encoded = self.encoder(embeddings, causal_mask, mask_BS, is_causal=True, **kwargs)
+        last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)
+        rows_B = torch.arange(input_ids.shape[0], device=input_ids.device)
+        return CLIPMoETowerOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state[rows_B, self._end_positions(input_ids)],
+            aux_loss=tower_aux_loss(self.config, encoded, mask_BS) if self._wants_aux_loss(kwargs) else None,
+        )
+
+    def _end_positions(self, input_ids: Tensor) -> Tensor:
+        """Position of the token whose state stands for the caption, int64[B]: the first end token."""
+        if self.config.eos_token_id == 2:
+            # Configs written before transformers 4.31 name a wrong end token; the true one has the highest id.
+            return input_ids.argmax(dim=-1)
+        return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
+
+
+class CLIPMoEModel(CLIPMoEPreTrainedModel, CLIPModel):
+    """Both towers, projections and `logit_scale`."""
+
+    config: CLIPMoEConfig
+
+    def __init__(self, config: CLIPMoEConfig) -> None:
+        # Past CLIPModel's own constructor, which would build and initialize two dense towers first.
+        super(CLIPModel, self).__init__(config)
+        self.projection_dim = config.projection_dim
+        self.text_embed_dim = config.text_config.hidden_size
+        self.vision_embed_dim = config.vision_config.hidden_size
+        self.text_model = CLIPMoETextModel._from_config(config.text_config)
+        self.vision_model = CLIPMoEVisionModel._from_config(config.vision_config)
+        self.visual_projection = nn.Linear(self.vision_embed_dim, self.projection_dim, bias=False)
+        self.text_projection = nn.Linear(self.text_embed_dim, self.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CLIPMoEOutput:
+        """Encodes both sides and compares them.
+
+        Args:
+            input_ids: int64[B, S].
+            pixel_values: float[B, 3, H, W].
+            attention_mask: [B, S], 0 at padding.
+            position_ids: int64[B, S] or [1, S].
+            return_loss: return the contrastive loss of this batch plus the aux loss.
+            interpolate_pos_encoding: accept image sizes other than the config's.
+            output_router_logits: return the router logits and the aux loss; None = as the towers' configs say.
+            **kwargs: output_hidden_states, output_attentions, return_dict; passed to both towers.
+        """
+        if output_router_logits is not None:
+            kwargs["output_router_logits"] = output_router_logits
+        output = super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            return_loss=return_loss,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+            **kwargs,
+        )
+        towers = output.vision_model_output, output.text_model_output
+        aux_loss = self._mean_aux_loss(*(tower.aux_loss for tower in towers))
+        if output.loss is not None and aux_loss is not None:
+            output.loss = output.loss + aux_loss
+        router_logits = tuple(logits for tower in towers for logits in tower.router_logits or ())
+        return CLIPMoEOutput(**output, router_logits=router_logits or None, aux_loss=aux_loss)
+
+    def _mean_aux_loss(self, vision_loss: Tensor | None, text_loss: Tensor | None) -> Tensor | None:
+        """Mean over the blocks of both towers, from the means over each tower's."""
+        if vision_loss is None or text_loss is None:
+            return None
+        num_vision = len(self.config.vision_config.moe_block_indices)
+        num_text = len(self.config.text_config.moe_block_indices)
+        num_blocks = max(1, num_vision + num_text)
+        return (num_vision * vision_loss + num_text * text_loss.to(vision_loss.device)) / num_blocks

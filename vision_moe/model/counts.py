@@ -1,0 +1,31 @@
+"""Parameter counts of a mixture: how many there are, and how many work on one token."""
+
+from fractions import Fraction
+from typing import NamedTuple
+
+from torch import nn
+
+from vision_moe.moe.layer import MoEMLP
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters.
+
+    Attributes:
+        total: all of them.
+        activated: those that one token passes: a MoE block counts its router and K of its E experts.
+    """
+
+    total: int
+    activated: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """Counts a model's parameters; works on the meta device."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = Fraction(0)
+    for module in model.modules():
+        if isinstance(module, MoEMLP):
+            experts = sum(parameter.numel() for parameter in module.experts.parameters())
+            idle += experts * (1 - Fraction(module.router.top_k, module.router.num_experts))
+    return ParameterCounts(total, int(total - idle))

@@ -1,0 +1,112 @@
+"""The blocks of a CLIP-MoE tower: CLIP's, with some MLPs replaced by mixtures.
+
+B batch, S sequence, D model dim, E experts, L MoE blocks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from vision_moe.model.configuration import CLIPMoETextConfig, CLIPMoEVisionConfig
+from vision_moe.moe.layer import MoEMLP
+from vision_moe.moe.losses import aux_loss
+
+TowerConfig = CLIPMoEVisionConfig | CLIPMoETextConfig
+
+
+class CLIPMoEEncoderLayer(CLIPEncoderLayer):
+    """A pre-norm transformer block whose MLP is dense or a mixture."""
+
+    def __init__(self, config: TowerConfig, layer: int) -> None:
+        super().__init__(config)
+        if layer in config.moe_block_indices:
+            self.mlp = MoEMLP(config)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, mask_BS: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One block.
+
+        Args:
+            hidden_states: float[B, S, D].
+            attention_mask: what the attention implementation takes.
+            mask_BS: bool[B, S], False at padding; None = no padding.
+            **kwargs: passed on to the attention.
+
+        Returns:
+            hidden states float[B, S, D]; router logits and noisy router logits, float32[B, S, E] or None. They are
+            returned, and not collected by hooks, so that a checkpointed block that runs twice counts once.
+        """
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        hidden_states = hidden_states + attended
+        normed = self.layer_norm2(hidden_states)
+        if not isinstance(self.mlp, MoEMLP):
+            return hidden_states + self.mlp(normed), None, None
+        moe = self.mlp(normed, mask_BS)
+        return hidden_states + moe.hidden_states_BSD, moe.router_logits_BSE, moe.noisy_logits_BSE
+
+
+class EncoderOutput(NamedTuple):
+    """Output of a stack of blocks.
+
+    Attributes:
+        last_hidden_state: float[B, S, D].
+        router_logits: L tensors float32[B, S, E], noise-free.
+        noisy_logits: L tensors float32[B, S, E], or none where no noise was drawn.
+    """
+
+    last_hidden_state: Tensor
+    router_logits: tuple[Tensor, ...]
+    noisy_logits: tuple[Tensor, ...]
+
+
+class CLIPMoEEncoder(nn.Module):
+    """The blocks of one tower; its weights carry the names of `CLIPEncoder`'s."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(CLIPMoEEncoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        mask_BS: Tensor | None = None,
+        **kwargs: Any,
+    ) -> EncoderOutput:
+        """All blocks in turn; arguments as in `CLIPMoEEncoderLayer`."""
+        router_logits, noisy_logits = [], []
+        for layer in self.layers:
+            hidden_states, logits_BSE, noisy_BSE = layer(hidden_states, attention_mask, mask_BS, **kwargs)
+            if logits_BSE is not None:
+                router_logits.append(logits_BSE)
+            if noisy_BSE is not None:
+                noisy_logits.append(noisy_BSE)
+        return EncoderOutput(hidden_states, tuple(router_logits), tuple(noisy_logits))
+
+
+def tower_aux_loss(config: TowerConfig, encoded: EncoderOutput, mask_BS: Tensor | None) -> Tensor:
+    """Mean over the tower's MoE blocks of their weighted router losses (CLIP-MoE, eq. 9).
+
+    Returns:
+        float32 scalar, coefficients applied; 0 for a dense tower.
+    """
+    if not encoded.router_logits:
+        return torch.zeros((), device=encoded.last_hidden_state.device)
+    mask_T = None if mask_BS is None else mask_BS.flatten()
+    noisy_logits = encoded.noisy_logits or (None,) * len(encoded.router_logits)
+    losses = [
+        aux_loss(
+            logits_BSE.flatten(0, 1),
+            None if noisy_BSE is None else noisy_BSE.flatten(0, 1),
+            mask_T,
+            top_k=config.num_experts_per_tok,
+            noise_std=config.router_noise_std / config.num_experts,
+            weights=config.aux_loss_weights,
+        )
+        for logits_BSE, noisy_BSE in zip(encoded.router_logits, noisy_logits, strict=True)
+    ]
+    return torch.stack(losses).mean()

@@ -1,0 +1,36 @@
+"""What the CLIP-MoE models return."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPOutput
+
+
+@dataclass
+class CLIPMoETowerOutput(BaseModelOutputWithPooling):
+    """Output of one tower.
+
+    Attributes:
+        router_logits: one float32[B, S, E] per MoE block, noise-free, zero at padding; with output_router_logits.
+        aux_loss: float32 scalar, coefficients applied, mean over the tower's MoE blocks; in training or with
+            output_router_logits.
+    """
+
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class CLIPMoEOutput(CLIPOutput):
+    """Output of `CLIPMoEModel`; beyond `transformers.models.clip.modeling_clip.CLIPOutput`:
+
+    Attributes:
+        loss: contrastive loss of this process's batch plus `aux_loss`, where that is computed; with return_loss.
+        router_logits: the image tower's MoE blocks, then the text tower's; with output_router_logits.
+        aux_loss: float32 scalar, coefficients applied, mean over the MoE blocks of both towers (CLIP-MoE, eq. 9); in
+            training or with output_router_logits.
+    """
+
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None

@@ -1,0 +1,1 @@
+"""A mixture-of-experts MLP, ignorant of images and text."""

@@ -1,0 +1,82 @@
+"""E two-layer MLPs with stacked weights, behind transformers' experts interface.
+
+T tokens, D model dim, F hidden dim, E experts, K experts per token, N = T * K routed tokens.
+
+The default implementation is "eager", the forward below, and not transformers' "grouped_mm": torch's grouped_mm ignores
+autocast, so that under bf16 autocast it computes in float32. One thread of an AVX-512 CPU, forward + backward of
+T=8192, D=192, F=768, E=4, K=2: eager 415 ms in float32 and 197 ms under bf16 autocast, grouped_mm 662 and 683 ms.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+
+
+class ExpertsConfig(Protocol):
+    """The fields that `Experts` reads; any transformers config with these names will do."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    hidden_act: str
+    _experts_implementation: str
+
+
+@use_experts_implementation(has_gate=False, has_bias=True, is_transposed=False)
+class Experts(nn.Module):
+    """E expert MLPs: y = W2 act(W1 x + b1) + b2, weighted by the gates and summed over the chosen experts."""
+
+    def __init__(self, config: ExpertsConfig) -> None:
+        super().__init__()
+        E, D, F_ = config.num_experts, config.hidden_size, config.intermediate_size
+        self.num_experts = E
+        self.up_proj = nn.Parameter(torch.empty(E, F_, D))
+        self.up_proj_bias = nn.Parameter(torch.zeros(E, F_))
+        self.down_proj = nn.Parameter(torch.empty(E, D, F_))
+        self.down_proj_bias = nn.Parameter(torch.zeros(E, D))
+        self.act_fn = ACT2FN[config.hidden_act]
+        nn.init.normal_(self.up_proj, std=(2 * D) ** -0.5)
+        nn.init.normal_(self.down_proj, std=D**-0.5)
+
+    # The parameters' names are transformers' interface: its implementations are called with the same arguments.
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sorts the routed tokens by expert and gives each expert one contiguous slice.
+
+        Args:
+            hidden_states: float[T, D].
+            top_k_index: int64[T, K], experts of each token.
+            top_k_weights: float32[T, K], their weights.
+
+        Returns:
+            float[T, D] in the dtype of `hidden_states`; the weighted sum is taken in float32.
+        """
+        experts_N = top_k_index.flatten()
+        order_N = experts_N.argsort(stable=True)
+        token_N = order_N // top_k_index.shape[-1]
+        tokens_per_expert = torch.bincount(experts_N, minlength=self.num_experts).tolist()
+        x_TD = hidden_states
+        if torch.is_autocast_enabled(x_TD.device.type):
+            # Once here, and not in every expert's linear: the gather below then moves half the bytes.
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
+        slices = x_TD.index_select(0, token_N).split(tokens_per_expert)
+        # unbind, because indexing per expert would build a zero-filled [E, F, D] gradient per expert. An empty slice
+        # is computed too: its expert then has a zero gradient instead of none, which DDP and ZeRO need.
+        weights = zip(
+            self.up_proj.unbind(),
+            self.up_proj_bias.unbind(),
+            self.down_proj.unbind(),
+            self.down_proj_bias.unbind(),
+            strict=True,
+        )
+        y_ND = torch.cat(
+            [
+                nn.functional.linear(self.act_fn(nn.functional.linear(x_nD, w1_FD, b1_F)), w2_DF, b2_D)
+                for x_nD, (w1_FD, b1_F, w2_DF, b2_D) in zip(slices, weights, strict=True)
+            ]
+        )
+        weighted_ND = y_ND * top_k_weights.flatten().index_select(0, order_N)[:, None]
+        y_TD = weighted_ND.new_zeros(hidden_states.shape).index_add(0, token_N, weighted_ND)
+        return y_TD.to(hidden_states.dtype)

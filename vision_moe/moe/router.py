@@ -1,0 +1,76 @@
+"""The router: which experts take a token, and with what weight.
+
+T tokens, D model dim, E experts, K experts chosen per token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class RouterOutput(NamedTuple):
+    """What a router decides about T tokens.
+
+    Attributes:
+        router_logits_TE: float32[T, E], noise-free.
+        noisy_logits_TE: float32[T, E], the logits that chose the experts; None where no noise was drawn.
+        topk_gates_TK: float32[T, K], the weights of the chosen experts, largest first.
+        topk_experts_TK: int64[T, K], the chosen experts.
+    """
+
+    router_logits_TE: Tensor
+    noisy_logits_TE: Tensor | None
+    topk_gates_TK: Tensor
+    topk_experts_TK: Tensor
+
+
+class Router(nn.Module):
+    """Bias-free linear router with a softmax over all experts and a top-k choice (CLIP-MoE, eq. 3 and 5).
+
+    Always computed in float32, whatever the weights' dtype and the autocast: a rounding step here changes which
+    experts are chosen, not just by how much.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K.
+        normalize: divide the K gates by their sum, which equals a softmax over the K chosen logits; otherwise the
+            gates are the raw probabilities (V-MoE).
+        noise_std: in training, adds N(0, (noise_std / E)^2) to the logits before the choice (V-MoE); 0 = none.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, *, normalize: bool = True, noise_std: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must be in [1, num_experts], but got top_k={top_k} with num_experts={num_experts}")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.normalize = normalize
+        self.noise_std = noise_std
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x_TD: Tensor) -> RouterOutput:
+        """Routes each token.
+
+        Args:
+            x_TD: float[T, D].
+        """
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            router_logits_TE = nn.functional.linear(x_TD.float(), self.weight.float())
+            noisy_logits_TE = None
+            if self.training and self.noise_std > 0:
+                noise_TE = torch.randn_like(router_logits_TE) * (self.noise_std / self.num_experts)
+                noisy_logits_TE = router_logits_TE + noise_TE
+            gates_TE = (router_logits_TE if noisy_logits_TE is None else noisy_logits_TE).softmax(dim=-1)
+            topk_gates_TK, topk_experts_TK = gates_TE.topk(self.top_k, dim=-1)
+            if self.normalize:
+                topk_gates_TK = topk_gates_TK / topk_gates_TK.sum(dim=-1, keepdim=True)
+        return RouterOutput(router_logits_TE, noisy_logits_TE, topk_gates_TK, topk_experts_TK)
+
+    def extra_repr(self) -> str:
+        """Shows the sizes in `print(model)`."""
+        return f"dim={self.weight.shape[-1]}, num_experts={self.num_experts}, top_k={self.top_k}"

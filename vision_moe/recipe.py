@@ -1,0 +1,181 @@
+"""The fields of an encoder recipe. Defaults are CLIP-MoE's paper (methods: Zhang et al. 2024, arXiv:2409.19291v3)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Method = Literal["dense", "direct", "sparse_upcycling", "dmu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where pictures and captions come from."""
+
+    train: Path
+    """Folder of WebDataset shards, or a JSON/JSONL file of captions (then set image_dir)."""
+    eval: Path | None = None
+    """The same for the final table; None evaluates on `train`'s folder with `eval_split`."""
+    train_split: str = "train"
+    """Shards `{split}-*.tar` are read; ignored for JSON files."""
+    eval_split: str = "test"
+    """Split that the final table is measured on."""
+    caption_field: str = "captions"
+    """Field of a sample's JSON: a list of captions (one is drawn per epoch) or one string; "a+b" pools two fields."""
+    eval_caption_field: str | None = None
+    """The same for the final table; None takes caption_field."""
+    image_dir: Path | None = None
+    """Folder that the picture names of a JSON file are relative to."""
+    max_unreadable_share: float = 0.01
+    """Unreadable pictures are skipped and counted; more than this share of all is an error."""
+    num_workers: int = 0
+    """Data loading processes; 0 loads in the training process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScratchConfig:
+    """A small dense CLIP built from nothing, for machines without a model hub."""
+
+    image_size: int = 64
+    """Pixels per side."""
+    patch_size: int = 8
+    """Pixels per side of a patch."""
+    hidden_size: int = 192
+    """Width of both towers."""
+    num_vision_layers: int = 6
+    """Blocks of the image tower."""
+    num_text_layers: int = 3
+    """Blocks of the text tower."""
+    num_heads: int = 6
+    """Attention heads of both towers."""
+    projection_dim: int = 192
+    """Width of the shared embedding space."""
+    max_text_tokens: int = 77
+    """Positions of the text tower."""
+    vocab_size: int = 2000
+    """Size of the byte-level BPE vocabulary that is trained on the captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One optimisation: what CLIP-MoE's training scripts set, one field each."""
+
+    samples: int | None = None
+    """Image-caption pairs seen; None: `epochs` times the training set, or, for a baseline, what DMU sees in all."""
+    epochs: float = 1.0
+    """Passes over the training set when samples is None."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.2
+    """AdamW's decoupled weight decay."""
+    warmup_steps: float = 200
+    """Linear warm-up: steps, or a share of all steps when below 1."""
+    schedule: str = "cosine"
+    """A transformers scheduler name; cosine decays to 0."""
+    adam_beta2: float = 0.999
+    """Second moment's decay."""
+    max_grad_norm: float = 0.0
+    """Gradient clipping by global norm; 0 is off."""
+    label_smoothing: float = 0.0
+    """Smoothing of both cross-entropies; the official code uses 0.1, the paper names none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixture that is built and its router losses."""
+
+    num_experts: int = 4
+    """Experts per block; DMU trains num_experts - 1 stages, expert 0 is the dense start."""
+    num_experts_per_tok: int = 2
+    """Experts that see a token."""
+    layers: Literal["all", "odd"] | int = "all"
+    """Blocks that become mixtures: "all", "odd" (every second one), or n for the last n of each tower."""
+    router_std: float = 0.02
+    """Standard deviation of the random router."""
+    router_aux_loss_coef: float = 0.01
+    """Weight of the load-balance loss."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the z-loss."""
+    balance_top_k: bool = False
+    """Count top-k slots (official code) instead of the first choice (paper) in the balance loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MCLConfig:
+    """Multistage contrastive learning: how batches of hard negatives are made."""
+
+    image_clusters: int = 3
+    """k of k-means on image features, per stage."""
+    text_clusters: int = 3
+    """k of k-means on text features, per stage."""
+    init_from: Literal["base", "previous"] = "base"
+    """Where a stage starts: the dense model (official code, released weights) or the stage before (paper's wording)."""
+    small_clusters: Literal["drop", "back_off"] = "drop"
+    """Clusters below a global batch: drop them (official code), or pool them under their parent label and mask
+    the negatives across labels."""
+    random_batches: bool = False
+    """Control: ignore the clusters and draw batches at random."""
+
+
+def _router_stage() -> StageConfig:
+    return StageConfig(learning_rate=1e-6, weight_decay=0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Trains an encoder: a dense CLIP becomes a CLIP-MoE by DMU, beside its baselines."""
+
+    output: Path
+    """Folder of the run; an interrupted run goes on when it is started again with the same recipe."""
+    data: DataConfig
+    """Pictures and captions."""
+    model: str | None = None
+    """Dense CLIP to start from: a folder, a hub name, or "scenes-clip"; None trains one from `scratch`."""
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    """Sizes of the dense CLIP when model is None."""
+    methods: tuple[Method, ...] = ("direct", "sparse_upcycling", "dmu")
+    """What to run, in this order; "dense" trains the start itself (required and implied when model is None)."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """Experts and router losses."""
+    sparse_moe: MoEConfig = field(default_factory=lambda: MoEConfig(router_z_loss_coef=1e-3))
+    """The same for sparse upcycling (CLIP-UP style; which values are our choice, the paper gives none)."""
+    clustering: MCLConfig = field(default_factory=MCLConfig)
+    """How MCL draws its batches."""
+    dense: StageConfig = field(default_factory=StageConfig)
+    """Training of the dense start."""
+    mcl: StageConfig = field(default_factory=StageConfig)
+    """Each MCL stage: feed-forward weights only."""
+    router: StageConfig = field(default_factory=_router_stage)
+    """The last stage: routers only, with the balance loss."""
+    direct: StageConfig = field(default_factory=StageConfig)
+    """Direct fine-tuning of all parameters; sees what DMU sees unless samples is set."""
+    sparse_upcycling: StageConfig = field(default_factory=StageConfig)
+    """Sparse upcycling of all parameters; sees what DMU sees unless samples is set."""
+    global_batch_size: int = 800
+    """Pairs per step over all processes; every pair is a negative of every other."""
+    logit_scale: float | None = 4.60517
+    """Fixed log of the inverse temperature (ln 100) in every stage but "dense"; None keeps the start's."""
+    train_logit_scale: bool = False
+    """Learn it in the stages that train all parameters (the official code keeps it fixed)."""
+    attn_implementation: str = "sdpa"
+    """Attention kernel, by transformers' name; "eager" is faster on CPU for short sequences (docs/performance.md)."""
+    bf16: bool = True
+    """bfloat16 autocast; weights stay float32."""
+    feature_batch_size: int = 256
+    """Pictures per forward when features are extracted."""
+    logging_steps: int = 10
+    """Steps between entries of metrics.jsonl."""
+    save_steps: int = 200
+    """Steps between checkpoints; a killed stage goes on from the last one."""
+    seed: int = 0
+    """Seed of everything: weights, captions, batches, k-means, routers."""
+    deepspeed: Path | None = None
+    """DeepSpeed JSON for the stages."""
+
+    def __post_init__(self) -> None:
+        if self.moe.num_experts_per_tok > self.moe.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be in [1, num_experts], but got "
+                f"{self.moe.num_experts_per_tok} with num_experts={self.moe.num_experts}"
+            )
+        if not self.methods:
+            raise ValueError("methods is empty; name at least one of dense, direct, sparse_upcycling, dmu")

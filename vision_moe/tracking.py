@@ -1,0 +1,131 @@
+"""What every training run leaves in its folder: config.yaml, environment.json and metrics.jsonl."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_PACKAGES = ("vision-moe", "torch", "transformers", "accelerate", "deepspeed", "peft", "lmms-eval", "numpy")
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Configures logging of an entry point: INFO on rank 0, warnings on the other ranks."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=level if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for noisy in ("httpx", "matplotlib", "PIL", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON under a temporary name and renames it, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def environment() -> dict[str, Any]:
+    """Commit, package versions and hardware of this process."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "gpus": gpus,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def write_environment(folder: Path) -> None:
+    """Writes `environment.json` into the run's folder (rank 0 only)."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json(folder / "environment.json", environment())
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends every log of the Trainer to `metrics.jsonl`; a resumed run first drops what it will log again."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.stage = stage
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if self._stays(line, state)]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        entry = {"stage": self.stage, "step": state.global_step, "time": round(time.time(), 3), **logs}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _stays(self, line: str, state: TrainerState) -> bool:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            # A killed process may have left half a line at the end; its step is logged again.
+            return False
+        return entry["stage"] != self.stage or entry["step"] <= state.global_step
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All entries of a `metrics.jsonl`, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _commit() -> str | None:
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

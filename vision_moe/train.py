@@ -1,0 +1,138 @@
+"""Trains an encoder from one recipe: `python -m vision_moe.train RECIPE.yaml [--field value ...]`.
+
+A dense CLIP (pretrained, or trained here from nothing) is fine-tuned directly, upcycled sparsely and made a CLIP-MoE by
+DMU, each on equally many pairs; the run ends with one table of all of them. Started again, it goes on where it stopped.
+"""
+
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModel, CLIPProcessor
+
+from vision_moe.assets import resolve_model
+from vision_moe.config import parse, to_dict, write_yaml
+from vision_moe.data.captions import CaptionDataset, open_captions
+from vision_moe.distributed import barrier, is_main
+from vision_moe.dmu import run_dmu, stage_samples, total_samples
+from vision_moe.encoder_report import write_report
+from vision_moe.model import CLIPMoEModel
+from vision_moe.recipe import StageConfig, TrainConfig
+from vision_moe.scratch import build_clip
+from vision_moe.stages import Stage, StageRunner, with_router_losses
+from vision_moe.tracking import setup_logging, write_environment
+from vision_moe.upcycle import upcycle
+
+logger = logging.getLogger(__name__)
+
+_SMOKE = Path(__file__).parent / "recipes" / "smoke.yaml"
+# Fields that may differ between a run and its continuation.
+_FREE_FIELDS = ("logging_steps", "save_steps", "methods")
+
+
+def main() -> None:
+    """Entry point."""
+    setup_logging()
+    # Rank 0 extracts features while the others wait, possibly for hours.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    run(parse(TrainConfig, smoke=_SMOKE))
+
+
+def run(config: TrainConfig) -> dict[str, Path]:
+    """Runs every method of the recipe and writes the report; returns the model folders by name."""
+    _open_output(config)
+    dataset = _open_data(config)
+    start, processor = _dense_start(config, dataset)
+    runner = StageRunner(config, dataset, processor)
+    models = {"dense": start}
+    baseline = total_samples(config, len(dataset))
+    for method in config.methods:
+        if method == "direct":
+            stage = _full_stage("direct", config.direct, baseline)
+            models["direct"] = runner.run(stage, lambda: AutoModel.from_pretrained(start))
+        elif method == "sparse_upcycling":
+            stage = _full_stage("sparse_upcycling", config.sparse_upcycling, baseline)
+            models["sparse_upcycling"] = runner.run(stage, lambda: _sparse_upcycling(config, start))
+        elif method == "dmu":
+            models |= run_dmu(runner, start)
+    if is_main():
+        write_report(config, models, processor)
+    barrier()
+    return models
+
+
+def _dense_start(config: TrainConfig, dataset: CaptionDataset) -> tuple[Path, CLIPProcessor]:
+    """Folder of the dense CLIP that everything starts from, and its processor."""
+    if config.model is not None:
+        source = resolve_model(config.model)
+        processor = CLIPProcessor.from_pretrained(source)
+        runner = StageRunner(config, dataset, processor)
+        folder = config.output / "start" / "model"
+        if is_main() and not folder.is_dir():
+            runner.save(AutoModel.from_pretrained(source), folder)
+        barrier()
+        return folder, processor
+    captions = (text for index in range(len(dataset)) for text in dataset.captions(index))
+    model, processor = build_clip(config.scratch, captions, config.seed)
+    runner = StageRunner(config, dataset, processor)
+    stage = Stage(name="dense", config=config.dense, trainable="all", samples=stage_samples(config.dense, len(dataset)))
+    return runner.run(stage, lambda: model), processor
+
+
+def _full_stage(name: str, config: StageConfig, baseline_samples: int) -> Stage:
+    samples = baseline_samples if config.samples is None else config.samples
+    return Stage(name=name, config=config, trainable="all", samples=samples)
+
+
+def _sparse_upcycling(config: TrainConfig, start: Path) -> CLIPMoEModel:
+    moe = upcycle(
+        AutoModel.from_pretrained(start),
+        num_experts=config.sparse_moe.num_experts,
+        num_experts_per_tok=config.sparse_moe.num_experts_per_tok,
+        layers=config.sparse_moe.layers,
+        router_std=config.sparse_moe.router_std,
+        seed=config.seed,
+    )
+    return with_router_losses(moe, config.sparse_moe)
+
+
+def _open_data(config: TrainConfig) -> CaptionDataset:
+    data = config.data
+    return open_captions(
+        data.train,
+        split=data.train_split,
+        caption_field=data.caption_field,
+        image_dir=data.image_dir,
+        seed=config.seed,
+        max_unreadable_share=data.max_unreadable_share,
+        check_cache=config.output / "readable_train.json",
+    )
+
+
+def _open_output(config: TrainConfig) -> None:
+    """Claims the run's folder; a folder of another recipe is refused, since its stages would be taken for ours.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    saved = config.output / "config.yaml"
+    if saved.is_file():
+        before, now = to_dict(parse(TrainConfig, [str(saved)])), to_dict(config)
+        differing = [name for name in now if before[name] != now[name] and name not in _FREE_FIELDS]
+        if differing:
+            raise ValueError(
+                f"{config.output} holds a run with other settings of {', '.join(differing)}; "
+                f"choose another --output, or delete that folder"
+            )
+    if is_main():
+        os.makedirs(config.output, exist_ok=True)
+        write_yaml(config, saved)
+        write_environment(config.output)
+    barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""One contrastive stage: transformers' Trainer with the batches and the loss of CLIP training."""
+
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainingArguments
+
+from vision_moe.contrastive import contrastive_loss
+from vision_moe.recipe import StageConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+class ContrastiveTrainer(Trainer):
+    """Trainer whose batches come from a batch sampler of (index, epoch) keys, and whose loss is InfoNCE + aux_loss.
+
+    Args:
+        batch_sampler: yields this rank's keys of each global batch.
+        label_smoothing: of both cross-entropies.
+        groups_N: int64[N], label of every sample; pairs of different label are no negatives. None: all are.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        batch_sampler: Sampler[Any],
+        label_smoothing: float = 0.0,
+        groups_N: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.batch_sampler = batch_sampler
+        self.label_smoothing = label_smoothing
+        self.groups_N = groups_N
+        self._terms: dict[str, list[Tensor]] = {}
+        # The loss is a mean over the global batch already: the Trainer must not divide it by accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The loader is not handed to accelerate: the sampler already gives each rank its own keys."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_num_workers > 0,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Contrastive loss over the batch of all ranks, plus the router losses of an MoE model."""
+        index_B = inputs.pop("index")
+        outputs = model(**inputs)
+        groups_B = None
+        if self.groups_N is not None:
+            groups_B = self.groups_N[index_B.cpu()].to(outputs.image_embeds.device)
+        logit_scale = self.accelerator.unwrap_model(model).logit_scale.exp()
+        contrastive = contrastive_loss(
+            outputs.image_embeds,
+            outputs.text_embeds,
+            logit_scale,
+            groups_B=groups_B,
+            label_smoothing=self.label_smoothing,
+        )
+        aux = getattr(outputs, "aux_loss", None)
+        self._record("contrastive_loss", contrastive)
+        if aux is not None:
+            self._record("aux_loss", aux)
+        loss = contrastive if aux is None else contrastive + aux
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the loss terms since the last log."""
+        if "loss" in logs:
+            for name, values in self._terms.items():
+                logs[name] = float(torch.stack(values).mean())
+            self._terms = {}
+        super().log(logs, start_time)
+
+    def _record(self, name: str, value: Tensor) -> None:
+        self._terms.setdefault(name, []).append(value.detach().float())
+
+
+def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path, num_steps: int) -> TrainingArguments:
+    """TrainingArguments of one stage; the caller's sampler holds exactly `num_steps` batches."""
+    world_size = _world_size()
+    if config.global_batch_size % world_size:
+        raise ValueError(
+            f"global_batch_size must be a multiple of the number of processes, but got "
+            f"{config.global_batch_size} with {world_size} processes"
+        )
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=num_steps,
+        per_device_train_batch_size=config.global_batch_size // world_size,
+        learning_rate=stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        adam_beta2=stage.adam_beta2,
+        max_grad_norm=stage.max_grad_norm,
+        lr_scheduler_type=stage.schedule,
+        warmup_steps=_warmup(stage.warmup_steps, num_steps),
+        bf16=config.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        dataloader_num_workers=config.data.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=not sys.stderr.isatty(),
+        ddp_find_unused_parameters=False,
+        deepspeed=None if config.deepspeed is None else str(config.deepspeed),
+    )
+
+
+def _warmup(warmup_steps: float, num_steps: int) -> float:
+    """A published warm-up of 200 steps must not swallow a short run: at most a tenth of the steps, and said so."""
+    limit = math.ceil(num_steps / 10)
+    if warmup_steps < 1 or warmup_steps <= limit:
+        return warmup_steps
+    logger.warning("warm-up of %d steps cut to %d: the stage has only %d steps", warmup_steps, limit, num_steps)
+    return limit
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
