@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gradio as gr
-from mllm.generate import Chat, load
 from PIL import Image
 
 from demo import panel
 from demo.chat import Settings, answer, conversation, read_history, read_message, read_picture
 from demo.routing_view import Routing, overlay, route, seen_picture
+from mllm.generate import Chat, load
 from mllm.images import pixels
 from vision_moe.analysis import moe_layers
 from vision_moe.config import parse
@@ -30,6 +30,7 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _NUM_EXAMPLES = 6
 # Of a patch whose gate is 1; the picture still shows through.
 _OPACITY = 0.85
+_MAX_NEW_TOKENS = 1024
 _MAX_UPLOAD = "20mb"
 
 
@@ -43,6 +44,8 @@ class Demo:
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
         self.blocks = moe_layers(chat.model.config.vision_config)
+        context = getattr(chat.model.config.text_config, "max_position_embeddings", _MAX_NEW_TOKENS)
+        self.max_new_tokens = min(_MAX_NEW_TOKENS, context)
 
     def check(self, message: dict[str, Any], *_: Any) -> Any:
         """Validates a message before it enters the conversation."""
@@ -167,7 +170,7 @@ def _chat_interface(demo: Demo, routing: gr.State, examples_dir: Path | None) ->
             placeholder="Ask about a picture",
             stop_btn=True,
         ),
-        additional_inputs=_settings(),
+        additional_inputs=_settings(demo.max_new_tokens),
         additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         additional_outputs=[routing],
         examples=None if examples_dir is None else _examples(examples_dir),
@@ -179,14 +182,15 @@ def _chat_interface(demo: Demo, routing: gr.State, examples_dir: Path | None) ->
     )
 
 
-def _settings() -> list[gr.Slider]:
+def _settings(max_new_tokens: int) -> list[gr.Slider]:
     """One slider per field of `Settings`, in its order; ChatInterface places them."""
+    default = min(256, max_new_tokens)
     return [
         gr.Slider(
             0.0, 1.5, value=0.0, step=0.05, label="Temperature", info="0 takes the likeliest token", render=False
         ),
         gr.Slider(0.05, 1.0, value=1.0, step=0.05, label="Top-p", info="Counts above temperature 0", render=False),
-        gr.Slider(1, 1024, value=256, step=1, label="Answer length, tokens at most", render=False),
+        gr.Slider(1, max_new_tokens, value=default, step=1, label="Answer length, tokens at most", render=False),
     ]
 
 

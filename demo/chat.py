@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mllm.generate import Chat
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mllm.generate import Chat
 
 
 class Settings(NamedTuple):
@@ -115,9 +116,11 @@ def answer(
     stop = threading.Event()
     images = [] if picture is None else [picture]
     try:
-        yield from chat.stream(messages, images, stop=stop, **settings._asdict())
+        # No `yield from`, which would close the stream, and wait for it, before the flag is set.
+        for text in chat.stream(messages, images, stop=stop, **settings._asdict()):  # noqa: UP028
+            yield text
     finally:
-        # Gradio closes the generator when the stop button is pressed or the browser is gone.
+        # Gradio closes this generator when the stop button is pressed or the browser is gone.
         stop.set()
 
 

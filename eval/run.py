@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--include-path", type=Path, default=TASKS, help="folder of task YAML files")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--dtype", help="of the weights (float32, bfloat16); default: the checkpoint's")
-    parser.add_argument("--quantization", help="4bit or 8bit")
+    parser.add_argument("--quantization", choices=["4bit", "8bit"], help="hold the language model in fewer bits")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -210,6 +210,8 @@ def main(args: Sequence[str] | None = None) -> None:
     tasks = [name for name in dict.fromkeys(options.tasks.split(",")) if name]
     if not tasks or (options.limit is not None and options.limit < 1):
         raise SystemExit(f"need at least one task and question: got tasks {tasks}, limit {options.limit}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SystemExit("eval.run is one process; for several, `accelerate launch -m lmms_eval` takes our model too")
     # Before the model: a misspelled name should not cost the time to load it.
     try:
         manager = task_manager(tasks, options.include_path)

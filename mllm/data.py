@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -14,8 +15,6 @@ from mllm.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_ID, Templat
 from mllm.images import pixels, read_image
 
 Sample = dict[str, Any]
-# A stand-in for an estimate of text length: English takes about 1.3 subword tokens a word.
-_TOKENS_PER_WORD = 1.3
 
 
 class LlavaDataset(Dataset[Sample]):
@@ -84,13 +83,8 @@ class LlavaDataset(Dataset[Sample]):
 
     @property
     def lengths(self) -> list[int]:
-        """Estimated tokens of each sample, for grouping by length; nothing is tokenised."""
-        return [self._estimate_length(sample) for sample in self.samples]
-
-    @property
-    def has_image(self) -> list[bool]:
-        """Whether each sample brings a picture, for grouping by modality."""
-        return [bool(_image_names(sample)) for sample in self.samples]
+        """Words of each sample, negative where it brings no picture: LLaVA's lengths for grouping by modality."""
+        return [_signed_length(sample) for sample in self.samples]
 
     def _build(self, sample: Mapping[str, Any]) -> Sample:
         names = _image_names(sample)
@@ -130,23 +124,16 @@ class LlavaDataset(Dataset[Sample]):
         return ids_out[: self.max_length], labels_out
 
     def _read_pixels(self, names: list[str]) -> Tensor:
-        import torch
-
         if self.image_folder is None:
             raise ValueError(f"it names the picture {names[0]!r}, but no image_folder was given")
         images = [read_image(self.image_folder / name) for name in names]
         return torch.stack([pixels(self.image_processor, image) for image in images])
 
-    def _estimate_length(self, sample: Mapping[str, Any]) -> int:
-        words = sum(len(turn["value"].split()) for turn in sample["conversations"])
-        estimate = round(words * _TOKENS_PER_WORD) + self.num_image_tokens * len(_image_names(sample))
-        return max(1, min(estimate, self.max_length))
-
 
 def _read_samples(path: Path) -> list[Mapping[str, Any]]:
     text = path.read_text(encoding="utf-8")
     try:
-        samples = [json.loads(line) for line in text.splitlines() if line] if path.suffix == ".jsonl" else json.loads(text)
+        samples = _json_lines(text) if path.suffix == ".jsonl" else json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(samples, list) or not samples:
@@ -157,9 +144,20 @@ def _read_samples(path: Path) -> list[Mapping[str, Any]]:
     return samples
 
 
+def _json_lines(text: str) -> list[Any]:
+    # Not splitlines(): JSON strings may hold other characters that it takes for line ends.
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
 def _image_names(sample: Mapping[str, Any]) -> list[str]:
     image = sample.get("image") or []
     return [image] if isinstance(image, str) else list(image)
+
+
+def _signed_length(sample: Mapping[str, Any]) -> int:
+    # Picture tokens are as many in every sample that has one, so they do not matter for the order.
+    words = max(1, sum(len(turn["value"].split()) for turn in sample["conversations"]))
+    return words if _image_names(sample) else -words
 
 
 def _image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -32,9 +32,7 @@ def build_image_processor(
         config, _ = ImageProcessingMixin.get_image_processor_dict(str(source))
         kept = {name: config[name] for name in ("image_mean", "image_std", "resample") if name in config}
     size = vision_config.image_size
-    processor = LlavaImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **kept
-    )
+    processor = LlavaImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **kept)
     set_aspect_ratio(processor, aspect_ratio)
     return processor
 

@@ -17,7 +17,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from mllm.generate import Chat, load
+from mllm.generate import Chat, Quantization, load
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class VisionMoeLlava(lmms):
         device: str | None = None,
         dtype: str | None = None,
         batch_size: int | str = 1,
-        quantization: str | None = None,
+        quantization: Quantization | None = None,
         max_new_tokens: int | None = None,
         blank_images: bool = False,
         max_batch_size: int | None = None,

@@ -1,7 +1,8 @@
 """LoRA on the language model inside LLaVA (Hu et al. 2021, arXiv:2106.09685), and its merge into plain weights.
 
-The adapters are injected into the model, which stays the class that it is: the Trainer, DeepSpeed and the projector, which
-trains in full beside them, need no special case. A finished stage is merged, so that what it leaves loads without PEFT.
+The adapters are injected into the model, which stays the class that it is: the Trainer, DeepSpeed and the projector,
+which trains in full beside them, need no special case. A finished stage is merged, so that what it leaves loads without
+PEFT.
 """
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -13,7 +14,7 @@ _DOWN, _UP, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_l
 
 
 def add_lora(language_model: nn.Module, settings: LoraSettings) -> None:
-    """Puts trainable adapters beside every linear layer below `language_model`; B starts at 0, so nothing changes yet."""
+    """Puts trainable adapters beside every linear layer of `language_model`; B starts at 0, so nothing changes yet."""
     targets = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
     config = LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, bias="none", target_modules=targets
@@ -26,6 +27,7 @@ def merge_lora(state: dict[str, Tensor], settings: LoraSettings) -> dict[str, Te
 
     Args:
         state: names as `model.state_dict()` gives them; adapters [r, in] and [out, r], weights [out, in].
+        settings: that the adapters were added with.
     """
     merged = {}
     for name, tensor in state.items():
@@ -38,4 +40,3 @@ def merge_lora(state: dict[str, Tensor], settings: LoraSettings) -> dict[str, Te
             tensor = (tensor.float() + settings.alpha / settings.r * update).to(tensor.dtype)
         merged[plain] = tensor
     return merged
-

@@ -1,14 +1,15 @@
-"""Trains a small Llama on the text of LLaVA dialogues: `python -m mllm.pretrain_lm RECIPE.yaml --data DIR --output OUT`.
+"""Trains a small Llama on the text of LLaVA dialogues: `python -m mllm.pretrain_lm RECIPE --data DIR --output OUT`.
 
-It stands in for a pretrained language model where none can be fetched. So that it learns to answer from its context, and
-not only to guess, the picture of most dialogues is given to it in words: `<image>` is replaced by the picture's longest
-caption. Training goes on where it was interrupted.
+It stands in for a pretrained language model where none can be fetched. So that it learns to answer from its context,
+and not only to guess, the picture of most dialogues is given to it in words: `<image>` is replaced by the picture's
+longest caption. Training goes on where it was interrupted.
 """
 
 import json
 import logging
 import math
 import random
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class PretrainLMConfig:
     """Longest sequence that the finished model takes, in tokens."""
     row_length: int = 384
     """Tokens of a training row; dialogues are packed into rows, so all positions up to it are trained."""
-    num_tokens: int = 2_400_000
+    num_tokens: int = 1_400_000
     """Tokens seen in training."""
     caption_share: float = 0.75
     """Share of dialogues whose picture is replaced by its longest caption."""
@@ -166,7 +167,7 @@ def split(samples: list[Sample], num_held_out: int, seed: int) -> tuple[list[Sam
 def render(
     samples: list[Sample], captions: dict[str, str], tokenizer: PreTrainedTokenizerBase, share: float, seed: int
 ) -> Iterator[int]:
-    """Token ids of all dialogues in random order; `share` of the pictures are given by their caption, the others not."""
+    """Token ids of all dialogues in random order; `share` of the pictures are given by their captions."""
     rng = random.Random(seed)
     for sample in rng.sample(samples, len(samples)):
         caption = captions.get(sample.get("image", "")) if rng.random() < share else None
@@ -183,7 +184,8 @@ def _texts(samples: list[Sample], seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     plain_bytes = train_tokenizer([], SMALLEST_VOCABULARY)
     for sample in rng.sample(samples, min(_TOKENIZER_DIALOGUES, len(samples))):
-        yield plain_bytes.decode(list(render([sample], {}, plain_bytes, 0.0, seed)), skip_special_tokens=True)
+        text = plain_bytes.decode(list(render([sample], {}, plain_bytes, 0.0, seed)))
+        yield from re.split("|".join(map(re.escape, plain_bytes.all_special_tokens)), text)
 
 
 def build_llama(config: PretrainLMConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:

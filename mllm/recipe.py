@@ -121,7 +121,7 @@ class LlavaConfig:
     select_layer: int = -2
     """Hidden layer of the tower that the language model sees."""
     projector: str = "mlp2x_gelu"
-    """Projector: linear, or mlp{N}x_gelu."""
+    """Projector: mlp2x_ and an activation, mlp2x_gelu in LLaVA-1.5."""
     image_aspect_ratio: Literal["square", "pad"] = "pad"
     """How pictures become square: cropped in the middle, or padded with the mean colour."""
     max_length: int = 2048
@@ -147,7 +147,9 @@ class LlavaConfig:
         if not (self.pretrain.enabled or self.finetune.enabled):
             raise ValueError("both stages are disabled; enable pretrain, finetune, or both")
         if self.deepspeed not in ("zero2", "zero3", "none") and not Path(self.deepspeed).is_file():
-            raise ValueError(f"deepspeed must be zero2, zero3, none or an existing JSON file, but got {self.deepspeed!r}")
+            raise ValueError(
+                f"deepspeed must be zero2, zero3, none or an existing JSON file, but got {self.deepspeed!r}"
+            )
 
     def stages(self) -> list[tuple[str, StageConfig]]:
         """The enabled stages in order."""

@@ -114,9 +114,7 @@ class LlavaTrainer(Trainer):
 class CheckpointMarker(TrainerCallback):
     """Marks a checkpoint complete when every rank has written its share: a kill in between leaves it unmarked."""
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         barrier()
         if is_main():
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

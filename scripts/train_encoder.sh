@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains an encoder from a recipe; started again, it goes on where it stopped.
 #
-#   bash scripts/train_encoder.sh vision_moe/recipes/scenes.yaml --data.train data/scenes --output outputs/scenes
+#   bash scripts/train_encoder.sh vision_moe/recipes/scenes.yaml --data.train outputs/scenes --output outputs/scenes_encoder
 #   NPROC=8 bash scripts/train_encoder.sh RECIPE ...       processes on this machine (default: one per GPU, else one)
 #   TORCHRUN_ARGS="--nnodes 2 --rdzv-backend c10d --rdzv-endpoint host:29500" NPROC=8 bash scripts/train_encoder.sh ...
 set -euo pipefail

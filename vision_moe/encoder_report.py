@@ -62,24 +62,27 @@ def write_report(config: TrainConfig, models: dict[str, Path], processor: CLIPPr
 
 def render(results: dict[str, Any]) -> str:
     """`results.json` as Markdown: retrieval, factors where the data has them, stages."""
+    return f"# Encoder run\n\n{render_tables(results)}\n"
+
+
+def render_tables(results: dict[str, Any]) -> str:
+    """The tables of `render`, without its heading."""
     rows = results["models"]
     first = next(iter(rows.values()))["retrieval"]
     lines = [
-        "# Encoder run",
-        "",
         f"Retrieval on {first['num_images']} pictures and {first['num_captions']} captions "
         f"({results['data']}, split `{results['split']}`, field `{results['caption_field']}`), in %:",
         "",
         "| model | I2T R@1 | R@5 | R@10 | T2I R@1 | R@5 | R@10 | mean R@1 (95 % interval) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [_retrieval_row(_label(name), row["retrieval"]) for name, row in rows.items()]
+    lines += [_retrieval_row(label(name), row["retrieval"]) for name, row in rows.items()]
     if "factors" in next(iter(rows.values())):
         lines += ["", *_factor_table(rows)]
     lines += ["", "| stage | pairs seen | steps | seconds |", "| --- | --- | --- | --- |"]
     for name, stage in results["stages"].items():
         lines.append(f"| {name} | {stage['samples']:,} | {stage['steps']} | {stage['seconds']} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _evaluate(config: TrainConfig, folder: Path, processor: CLIPProcessor, dataset: CaptionDataset) -> dict[str, Any]:
@@ -89,7 +92,9 @@ def _evaluate(config: TrainConfig, folder: Path, processor: CLIPProcessor, datas
     batch = config.feature_batch_size
     row = {"retrieval": retrieval(model, processor, dataset, batch_size=batch, autocast_dtype=dtype)}
     if "variants" in dataset.metadata(0):
-        row["factors"] = factor_accuracy(model, processor, dataset, batch_size=batch, autocast_dtype=dtype)
+        row["factors"] = factor_accuracy(
+            model, processor, dataset, limit=config.factor_pictures, batch_size=batch, autocast_dtype=dtype
+        )
     return row
 
 
@@ -106,7 +111,8 @@ def _eval_data(config: TrainConfig) -> CaptionDataset:
     )
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """A stage's name for readers."""
     return _NAMES.get(name, f"expert {name.removeprefix('mcl')} alone" if name.startswith("mcl") else name)
 
 
@@ -132,7 +138,7 @@ def _factor_table(rows: dict[str, Any]) -> list[str]:
     ]
     for row, values in rows.items():
         cells = " | ".join(f"{100 * values['factors'][name]['accuracy']:.1f}" for name in names)
-        lines.append(f"| {_label(row)} | {cells} |")
+        lines.append(f"| {label(row)} | {cells} |")
     chances = " | ".join(f"{100 * factors[name]['chance']:.1f}" for name in names)
     counts = " | ".join(str(factors[name]["n"]) for name in names)
     return [*lines, f"| chance | {chances} |", f"| n | {counts} |"]

@@ -33,8 +33,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchConfig:
-    """A small dense CLIP built from nothing, for machines without a model hub."""
+    """A small dense CLIP built here, for machines without a model hub."""
 
+    vision_tower: Path | None = None
+    """Pretrained dense image tower (folder of a CLIPMoEVisionModel, see vision_moe.convert); None starts from nothing
+    with the sizes below."""
     image_size: int = 64
     """Pixels per side."""
     patch_size: int = 8
@@ -130,6 +133,8 @@ class TrainConfig:
     """Pictures and captions."""
     model: str | None = None
     """Dense CLIP to start from: a folder, a hub name, or "scenes-clip"; None trains one from `scratch`."""
+    text_positions: int | None = None
+    """Positions of the text tower: 248 stretches CLIP's 77 as Long-CLIP does; None keeps them."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     """Sizes of the dense CLIP when model is None."""
     methods: tuple[Method, ...] = ("direct", "sparse_upcycling", "dmu")
@@ -140,6 +145,8 @@ class TrainConfig:
     """The same for sparse upcycling (CLIP-UP style; which values are our choice, the paper gives none)."""
     clustering: MCLConfig = field(default_factory=MCLConfig)
     """How MCL draws its batches."""
+    align: StageConfig | None = None
+    """Training of the dense start with the image tower locked (LiT, arXiv:2111.07991), before `dense`."""
     dense: StageConfig = field(default_factory=StageConfig)
     """Training of the dense start."""
     mcl: StageConfig = field(default_factory=StageConfig)
@@ -162,6 +169,8 @@ class TrainConfig:
     """bfloat16 autocast; weights stay float32."""
     feature_batch_size: int = 256
     """Pictures per forward when features are extracted."""
+    factor_pictures: int | None = None
+    """Pictures of the per-factor table, where the data has factors; None takes all."""
     logging_steps: int = 10
     """Steps between entries of metrics.jsonl."""
     save_steps: int = 200

@@ -1,6 +1,8 @@
-"""A small dense CLIP and its tokenizer from nothing, for data sets and machines without a pretrained one."""
+"""A small dense CLIP with its own tokenizer, for data sets and machines without a pretrained one."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -12,6 +14,7 @@ from transformers import (
     set_seed,
 )
 
+from vision_moe.model import CLIPMoEConfig, CLIPMoEModel, CLIPMoEVisionModel
 from vision_moe.recipe import ScratchConfig
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -48,42 +51,61 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_text_tokens: i
 
 
 def build_clip(config: ScratchConfig, captions: Iterable[str], seed: int) -> tuple[CLIPModel, CLIPProcessor]:
-    """A randomly initialised CLIP of the given sizes and its processor.
+    """A dense CLIP and its processor: random weights, but for the image tower where a pretrained one is given.
 
     Args:
-        config: sizes.
+        config: sizes, or the image tower.
         captions: text that the tokenizer is trained on.
-        seed: of the weights.
+        seed: of the random weights.
     """
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_text_tokens)
-    tower = {
+    text_config = {
+        **_tower(config),
+        "num_hidden_layers": config.num_text_layers,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": config.max_text_tokens,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    set_seed(seed)
+    if config.vision_tower is not None:
+        return _with_tower(config.vision_tower, text_config, tokenizer, config.projection_dim)
+    vision_config = {
+        **_tower(config),
+        "num_hidden_layers": config.num_vision_layers,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+    }
+    model = CLIPModel(
+        CLIPConfig(vision_config=vision_config, text_config=text_config, projection_dim=config.projection_dim)
+    )
+    size = config.image_size
+    image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def _with_tower(
+    folder: Path, text_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, projection_dim: int
+) -> tuple[CLIPModel, CLIPProcessor]:
+    tower = CLIPMoEVisionModel.from_pretrained(folder)
+    if tower.config.moe_block_indices:
+        raise ValueError(f"{folder} is a mixture already; a dense start needs a dense image tower")
+    config = CLIPMoEConfig(
+        vision_config={**tower.config.to_dict(), "projection_dim": projection_dim},
+        text_config={**text_config, "moe_layers": []},
+        projection_dim=projection_dim,
+    )
+    model = CLIPMoEModel(config)
+    model.vision_model.load_state_dict(tower.state_dict(), strict=True)
+    image_processor = CLIPImageProcessor.from_pretrained(folder)
+    return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def _tower(config: ScratchConfig) -> dict[str, Any]:
+    return {
         "hidden_size": config.hidden_size,
         "intermediate_size": 4 * config.hidden_size,
         "num_attention_heads": config.num_heads,
         "projection_dim": config.projection_dim,
     }
-    clip_config = CLIPConfig(
-        vision_config={
-            **tower,
-            "num_hidden_layers": config.num_vision_layers,
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-        },
-        text_config={
-            **tower,
-            "num_hidden_layers": config.num_text_layers,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": config.max_text_tokens,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        projection_dim=config.projection_dim,
-    )
-    set_seed(seed)
-    model = CLIPModel(clip_config)
-    size = config.image_size
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_convert_rgb=True
-    )
-    return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)

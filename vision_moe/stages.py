@@ -26,6 +26,9 @@ from vision_moe.trainer import ContrastiveTrainer, training_arguments
 
 logger = logging.getLogger(__name__)
 
+# Stages that make the dense start: they learn the logit scale, as CLIP's own training does.
+_START_STAGES = ("align", "dense")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -36,7 +39,7 @@ class Stage:
     config: StageConfig
     """Optimisation."""
     trainable: str
-    """Part that trains: "all", "ffn" or "router"."""
+    """Part that trains, see vision_moe.freeze: "all", "text", "ffn" or "router"."""
     samples: int
     """Pairs seen."""
     labels_N: Tensor | None = None
@@ -79,7 +82,7 @@ class StageRunner:
         model.set_attn_implementation(self.config.attn_implementation)
         self._set_logit_scale(model, stage)
         trained = set_trainable(model, stage.trainable)
-        if stage.trainable == "all" and not self._trains_logit_scale(stage):
+        if stage.trainable in ("all", "text") and not self._trains_logit_scale(stage):
             model.logit_scale.requires_grad_(False)
         num_steps = max(1, math.ceil(stage.samples / self.config.global_batch_size))
         sampler = self._sampler(stage, num_steps)
@@ -159,10 +162,10 @@ class StageRunner:
         )
 
     def _trains_logit_scale(self, stage: Stage) -> bool:
-        return stage.name == "dense" or self.config.train_logit_scale
+        return stage.name in _START_STAGES or self.config.train_logit_scale
 
     def _set_logit_scale(self, model: PreTrainedModel, stage: Stage) -> None:
-        if self.config.logit_scale is not None and stage.name != "dense":
+        if self.config.logit_scale is not None and stage.name not in _START_STAGES:
             with torch.no_grad():
                 model.logit_scale.fill_(self.config.logit_scale)
 

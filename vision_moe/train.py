@@ -6,12 +6,14 @@ DMU, each on equally many pairs; the run ends with one table of all of them. Sta
 
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModel, CLIPProcessor
+from transformers import AutoModel, CLIPModel, CLIPProcessor
 
 from vision_moe.assets import resolve_model
 from vision_moe.config import parse, to_dict, write_yaml
@@ -20,6 +22,7 @@ from vision_moe.distributed import barrier, is_main
 from vision_moe.dmu import run_dmu, stage_samples, total_samples
 from vision_moe.encoder_report import write_report
 from vision_moe.model import CLIPMoEModel
+from vision_moe.positions import stretch_text
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.scratch import build_clip
 from vision_moe.stages import Stage, StageRunner, with_router_losses
@@ -52,10 +55,10 @@ def run(config: TrainConfig) -> dict[str, Path]:
     for method in config.methods:
         if method == "direct":
             stage = _full_stage("direct", config.direct, baseline)
-            models["direct"] = runner.run(stage, lambda: AutoModel.from_pretrained(start))
+            models["direct"] = runner.run(stage, partial(AutoModel.from_pretrained, start))
         elif method == "sparse_upcycling":
             stage = _full_stage("sparse_upcycling", config.sparse_upcycling, baseline)
-            models["sparse_upcycling"] = runner.run(stage, lambda: _sparse_upcycling(config, start))
+            models["sparse_upcycling"] = runner.run(stage, partial(_sparse_upcycling, config, start))
         elif method == "dmu":
             models |= run_dmu(runner, start)
     if is_main():
@@ -72,14 +75,27 @@ def _dense_start(config: TrainConfig, dataset: CaptionDataset) -> tuple[Path, CL
         runner = StageRunner(config, dataset, processor)
         folder = config.output / "start" / "model"
         if is_main() and not folder.is_dir():
-            runner.save(AutoModel.from_pretrained(source), folder)
+            runner.save(_stretched(config, AutoModel.from_pretrained(source), processor), folder)
         barrier()
-        return folder, processor
+        return folder, CLIPProcessor.from_pretrained(folder)
     captions = (text for index in range(len(dataset)) for text in dataset.captions(index))
     model, processor = build_clip(config.scratch, captions, config.seed)
+    model = _stretched(config, model, processor)
     runner = StageRunner(config, dataset, processor)
-    stage = Stage(name="dense", config=config.dense, trainable="all", samples=stage_samples(config.dense, len(dataset)))
-    return runner.run(stage, lambda: model), processor
+    build: Callable[[], CLIPModel] = lambda: model  # noqa: E731
+    if config.align is not None:
+        samples = stage_samples(config.align, len(dataset))
+        aligned = runner.run(Stage(name="align", config=config.align, trainable="text", samples=samples), build)
+        build = partial(AutoModel.from_pretrained, aligned)
+    samples = stage_samples(config.dense, len(dataset))
+    return runner.run(Stage(name="dense", config=config.dense, trainable="all", samples=samples), build), processor
+
+
+def _stretched(config: TrainConfig, model: CLIPModel, processor: CLIPProcessor) -> CLIPModel:
+    if config.text_positions is None:
+        return model
+    processor.tokenizer.model_max_length = config.text_positions
+    return stretch_text(model, config.text_positions)
 
 
 def _full_stage(name: str, config: StageConfig, baseline_samples: int) -> Stage:

@@ -8,8 +8,6 @@ import torch
 
 from eval.run import main, summarize
 
-SUFFIX = "\nAnswer the question using a single word or phrase."
-
 
 class ColorChat:
     """Says Yes when the color asked for is the picture's; keeps what it was asked."""
@@ -60,7 +58,7 @@ def test_pope_scores_are_lmms_evals_own_and_ours_beside_them(evaluate):
     assert found["yes_no"]["yes_ratio"] == 0.5
     assert found["yes_no"]["by_category"]["popular"]["accuracy"]["n"] == 2
     assert [len(conversations) for conversations, _ in chat.asked] == [4, 2]
-    assert samples[0]["prompt"] == found["first_prompt"] == f"Is there a red wall in the image?{SUFFIX}"
+    assert samples[0]["prompt"] == found["first_prompt"] == "Is there a red wall in the image?"
     assert samples[0]["answer"] == "Yes"
     assert written["model"]["weights_sha256"]
     assert written["environment"]["packages"]["lmms-eval"]

@@ -1,10 +1,11 @@
-"""A tiny CLIP with a word tokenizer, for tests of everything that takes a model and a processor."""
+"""Tiny CLIPs: one with a word tokenizer, for all that takes a processor, and seeded ones with a batch of tensors."""
 
 import io
 import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,13 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 _WORDS = ["<pad>", "<bos>", "<unk>", "<eos>", "a", "photo", "of", "red", "blue", "square", "one", "two"]
 _MAX_TEXT_TOKENS = 8
+_TOWER_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 16,
+}
 
 
 @pytest.fixture(scope="session")
@@ -36,30 +44,37 @@ def tiny_processor() -> CLIPProcessor:
     return CLIPProcessor(image_processor=image_processor, tokenizer=fast)
 
 
-@pytest.fixture
-def tiny_clip() -> CLIPModel:
-    """Dense CLIP of 2 + 2 layers and width 32 with the same random weights in every test."""
+@pytest.fixture(scope="session")
+def make_tiny_clip() -> Callable[[], CLIPModel]:
+    """Makes a dense CLIP of 2 + 2 layers and width 32 that fits `tiny_processor`, always with the same weights."""
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        vision_config={**tower, "image_size": 32, "patch_size": 16},
-        text_config={
-            **tower,
-            "vocab_size": len(_WORDS),
-            "max_position_embeddings": _MAX_TEXT_TOKENS,
-            "bos_token_id": 1,
-            # Not 2: for that id transformers looks for the largest id of the caption instead.
-            "eos_token_id": 3,
-            "pad_token_id": 0,
-        },
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    return CLIPModel(config).eval()
+    text = {
+        "vocab_size": len(_WORDS),
+        "max_position_embeddings": _MAX_TEXT_TOKENS,
+        "bos_token_id": 1,
+        # Not 2: for that id transformers looks for the largest id of the caption instead.
+        "eos_token_id": 3,
+        "pad_token_id": 0,
+    }
+    vision = {"image_size": 32, "patch_size": 16}
+
+    def make() -> CLIPModel:
+        torch.manual_seed(0)
+        config = CLIPConfig(vision_config={**tower, **vision}, text_config={**tower, **text}, projection_dim=16)
+        return CLIPModel(config).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_clip(make_tiny_clip: Callable[[], CLIPModel]) -> CLIPModel:
+    """The model of `make_tiny_clip`, one for each test."""
+    return make_tiny_clip()
 
 
 @pytest.fixture(scope="session")
 def write_shard() -> Callable[..., None]:
-    """Writes a WebDataset shard of pictures in one colour each: {key: {"captions": [...]}}; `broken` keys hold no JPEG."""
+    """Writes a shard of pictures in one color each: {key: {"captions": [...]}}; those of `broken` keys are cut."""
 
     def write(path: Path, samples: dict[str, dict[str, object]], broken: tuple[str, ...] = ()) -> None:
         with tarfile.open(path, "w") as tar:
@@ -73,3 +88,43 @@ def write_shard() -> Callable[..., None]:
                     tar.addfile(member, io.BytesIO(content))
 
     return write
+
+
+@pytest.fixture(scope="session")
+def clip_sizes() -> dict[str, Any]:
+    """Arguments of a tiny CLIPConfig or CLIPMoEConfig; copy before changing."""
+    text = {"vocab_size": 99, "max_position_embeddings": 12, "bos_token_id": 97, "eos_token_id": 98}
+    return {
+        "vision_config": {**_TOWER_SIZES, "image_size": 32, "patch_size": 8},
+        "text_config": {**_TOWER_SIZES, **text},
+        "projection_dim": 16,
+    }
+
+
+@pytest.fixture
+def make_dense_clip(clip_sizes: dict[str, Any]) -> Callable[[int], CLIPModel]:
+    """Makes the tiny dense CLIP of a seed, in evaluation mode, with biases and norms away from 0 and 1."""
+
+    def make(seed: int) -> CLIPModel:
+        torch.manual_seed(seed)
+        model = CLIPModel(CLIPConfig(**clip_sizes)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def clip_batch() -> dict[str, torch.Tensor]:
+    """Three pictures and three captions of 12, 7 and 4 tokens, padded with zeros on the right."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(1, 97, (3, 12), generator=generator)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, length in enumerate((12, 7, 4)):
+        input_ids[row, length - 1] = 98
+        input_ids[row, length:] = 0
+        attention_mask[row, :length] = 1
+    pixel_values = torch.randn(3, 3, 32, 32, generator=generator)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}

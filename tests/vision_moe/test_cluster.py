@@ -10,7 +10,7 @@ from vision_moe.cluster import accumulate_labels, kmeans
 
 
 @pytest.fixture
-def blobs_ND() -> torch.Tensor:
+def blobs() -> torch.Tensor:
     """Four blobs of 50 points, 10 apart with spread 0.5, in shuffled order; row i belongs to blob `blob_of[i]`."""
     generator = torch.Generator().manual_seed(0)
     centers_KD = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
@@ -23,11 +23,11 @@ def _inertia_of(x_ND, labels_N):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_separate_blobs_are_found_at_their_optimum(blobs_ND, seed):
+def test_separate_blobs_are_found_at_their_optimum(blobs, seed):
     order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
     truth_N = torch.arange(4).repeat_interleave(50)[order]
-    result = kmeans(blobs_ND[order], 4, seed=seed)
-    assert result.inertia == pytest.approx(_inertia_of(blobs_ND[order], truth_N), rel=1e-4)
+    result = kmeans(blobs[order], 4, seed=seed)
+    assert result.inertia == pytest.approx(_inertia_of(blobs[order], truth_N), rel=1e-4)
     pairs = set(zip(result.labels_N.tolist(), truth_N.tolist(), strict=True))
     assert len(pairs) == 4
 
@@ -40,55 +40,55 @@ def test_best_partition_of_few_points_is_found():
     assert found == pytest.approx(best, rel=1e-4)
 
 
-def test_result_is_consistent_with_itself(blobs_ND):
-    result = kmeans(blobs_ND, 3, seed=1)
-    distances_NK = torch.cdist(blobs_ND, result.centroids_KD).square()
+def test_result_is_consistent_with_itself(blobs):
+    result = kmeans(blobs, 3, seed=1)
+    distances_NK = torch.cdist(blobs, result.centroids_KD).square()
     assert torch.equal(distances_NK.argmin(dim=1), result.labels_N)
     assert result.inertia == pytest.approx(float(distances_NK.min(dim=1).values.sum()), rel=1e-4)
     assert result.labels_N.dtype == torch.int64
 
 
-def test_same_seed_same_result_and_no_global_random_state(blobs_ND):
+def test_same_seed_same_result_and_no_global_random_state(blobs):
     torch.manual_seed(1)
-    first = kmeans(blobs_ND, 5, seed=7)
+    first = kmeans(blobs, 5, seed=7)
     torch.manual_seed(2)
-    second = kmeans(blobs_ND, 5, seed=7)
+    second = kmeans(blobs, 5, seed=7)
     assert torch.equal(first.labels_N, second.labels_N)
     assert torch.equal(first.centroids_KD, second.centroids_KD)
-    starts = {tuple(kmeans(blobs_ND, 7, seed=seed, num_iters=0).labels_N.tolist()) for seed in range(5)}
+    starts = {tuple(kmeans(blobs, 7, seed=seed, num_iters=0).labels_N.tolist()) for seed in range(5)}
     assert len(starts) > 1
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_chunks_do_not_change_the_result(blobs_ND, chunk):
-    whole = kmeans(blobs_ND, 4, seed=0)
-    parts = kmeans(blobs_ND, 4, seed=0, chunk=chunk)
+def test_chunks_do_not_change_the_result(blobs, chunk):
+    whole = kmeans(blobs, 4, seed=0)
+    parts = kmeans(blobs, 4, seed=0, chunk=chunk)
     assert torch.equal(whole.labels_N, parts.labels_N)
     assert parts.inertia == pytest.approx(whole.inertia, rel=1e-5)
 
 
-def test_points_far_from_the_origin_keep_their_distances(blobs_ND):
-    near = kmeans(blobs_ND, 4, seed=0)
-    far = kmeans(blobs_ND + 1000.0, 4, seed=0)
+def test_points_far_from_the_origin_keep_their_distances(blobs):
+    near = kmeans(blobs, 4, seed=0)
+    far = kmeans(blobs + 1000.0, 4, seed=0)
     assert torch.equal(near.labels_N, far.labels_N)
     assert far.inertia == pytest.approx(near.inertia, rel=1e-3)
 
 
-def test_half_precision_features_are_widened(blobs_ND):
-    half_ND = blobs_ND.half()
+def test_half_precision_features_are_widened(blobs):
+    half_ND = blobs.half()
     result = kmeans(half_ND, 4, seed=0)
     assert result.centroids_KD.dtype == torch.float32
     assert torch.equal(result.labels_N, kmeans(half_ND.float(), 4, seed=0).labels_N)
 
 
 def test_emptied_cluster_starts_again_at_the_farthest_row(monkeypatch):
-    # Started with two centroids nobody is near, all three clusters must still end up with rows.
-    x_ND = torch.tensor([[0.0], [0.1], [5.0], [5.1], [20.0], [20.1]])
-    lost_KD = torch.tensor([[0.0], [900.0], [-900.0]])
-    monkeypatch.setattr("vision_moe.cluster._plus_plus", lambda *_: lost_KD)
-    result = kmeans(x_ND, 3, seed=0)
-    assert result.inertia == pytest.approx(3 * 2 * 0.05**2, rel=1e-2)
-    assert sorted(result.labels_N.bincount().tolist()) == [2, 2, 2]
+    # Centroids are relative to the mean, 6.3. The second one has no row, so the update puts it on the row that is
+    # farthest from the first one: 20.1.
+    x_ND = torch.tensor([[0.0], [0.1], [5.0], [20.1]])
+    monkeypatch.setattr("vision_moe.cluster._plus_plus", lambda *_: torch.tensor([[0.0], [900.0]]))
+    result = kmeans(x_ND, 2, seed=0, num_iters=1)
+    assert result.centroids_KD.flatten().tolist() == pytest.approx([6.3, 20.1], abs=1e-4)
+    assert result.labels_N.tolist() == [0, 0, 0, 1]
 
 
 def test_too_few_distinct_rows_leave_clusters_empty_and_say_so(caplog):

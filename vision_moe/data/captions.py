@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vision_moe.data.readable import check_share, decode, files_fingerprint, find_unreadable
-from vision_moe.data.sources import Source, open_source
+from vision_moe.data.sources import Source, captions_of, open_source
 
 
 class CaptionSample(TypedDict):
@@ -85,7 +85,7 @@ class CaptionDataset(Dataset[CaptionSample]):
             ValueError: there are none, or they are not text.
         """
         position = self._position(index)
-        return _captions(self.source.metadata(position), self.caption_field, self.source.name(position))
+        return captions_of(self.source.metadata(position), self.caption_field, self.source.name(position))
 
     def metadata(self, index: int) -> dict[str, Any]:
         """The JSON that belongs to a picture, as it was written."""
@@ -117,7 +117,7 @@ def open_captions(
     max_unreadable_share: float = 0.01,
     check_cache: Path | None = None,
 ) -> CaptionDataset:
-    """Opens captioned pictures after decoding every one once; unreadable pictures are skipped and reported.
+    """Opens captioned pictures after reading all of them once; those that cannot be read are skipped and reported.
 
     Args:
         path: a folder of WebDataset shards `{split}-*.tar` (KEY.jpg + KEY.json), or a .json or .jsonl list in
@@ -127,7 +127,7 @@ def open_captions(
         caption_field: key of the captions, a string or a list of strings.
         image_dir: folder of a list's pictures; the list's own folder if None.
         seed: decides which of several captions is drawn in which epoch.
-        max_unreadable_share: more unreadable pictures than this share of all are an error.
+        max_unreadable_share: more pictures without a readable image or caption than this share are an error.
         check_cache: JSON file that keeps the result of the check.
 
     Raises:
@@ -137,35 +137,8 @@ def open_captions(
     source = open_source(Path(path), split, None if image_dir is None else Path(image_dir))
     if len(source) == 0:
         raise ValueError(f"no picture is listed in {path}")
-    unreadable = find_unreadable(source, check_cache=check_cache)
+    # A wrong caption_field must not wait for the decoding of a million pictures.
+    captions_of(source.metadata(0), caption_field, source.name(0))
+    unreadable = find_unreadable(source, caption_field, check_cache=check_cache)
     check_share(source, unreadable, max_unreadable_share, check_cache)
     return CaptionDataset(source, caption_field=caption_field, seed=seed, unreadable=unreadable)
-
-
-def _captions(metadata: dict[str, Any], fields: str, name: str) -> list[str]:
-    """Captions of one picture, each on one line; "a+b" pools those of two fields."""
-    return [line for field in fields.split("+") for line in _field(metadata, field, name)]
-
-
-def _field(metadata: dict[str, Any], field: str, name: str) -> list[str]:
-    found = metadata.get(field)
-    if found is None and field == "captions":
-        found = metadata.get("caption", _described(metadata))
-    captions = [found] if isinstance(found, str) else found
-    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-        raise ValueError(
-            f"{name}: {field!r} must be a string or a list of strings, but got {found!r}; "
-            f"its keys are {sorted(metadata)}"
-        )
-    lines = [" ".join(text.splitlines()).strip() for text in captions]
-    if not all(lines):
-        raise ValueError(f"{name}: {field!r} holds an empty caption")
-    return lines
-
-
-def _described(metadata: dict[str, Any]) -> str | None:
-    """The caption of ShareGPT4V's form: what the assistant answers first."""
-    turns = metadata.get("conversations")
-    if isinstance(turns, list) and len(turns) > 1 and isinstance(turns[1], dict):
-        return turns[1].get("value")
-    return None

@@ -1,4 +1,4 @@
-"""The pass before training that decodes every picture once and reports those that cannot be read."""
+"""The pass before training that reads every picture and caption once and reports those that cannot be read."""
 
 import hashlib
 import io
@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vision_moe.data.sources import Source
+from vision_moe.data.sources import Source, captions_of
 from vision_moe.distributed import is_main, main_first
 
 logger = logging.getLogger(__name__)
@@ -36,21 +36,22 @@ def decode(encoded: bytes) -> Image.Image:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def find_unreadable(source: Source, *, check_cache: Path | None = None) -> dict[int, str]:
-    """Position and reason of every picture that cannot be decoded.
+def find_unreadable(source: Source, caption_field: str, *, check_cache: Path | None = None) -> dict[int, str]:
+    """Position and reason of every picture that cannot be decoded or has no caption.
 
     Args:
         source: where the pictures lie.
+        caption_field: key of the captions.
         check_cache: JSON file to keep the answer in, reused while no file changes name, size or time.
     """
     # Without a cache the other ranks have nothing to wait for.
     with nullcontext() if check_cache is None else main_first():
-        key = files_fingerprint(source)
+        key = f"{files_fingerprint(source)}-{caption_field}"
         if check_cache is not None and check_cache.is_file():
             kept = json.loads(check_cache.read_text(encoding="utf-8"))
             if kept["fingerprint"] == key:
                 return dict(kept["unreadable"])
-        found = _decode_all(source)
+        found = _read_all(source, caption_field)
         if check_cache is not None and is_main():
             _write(check_cache, {"fingerprint": key, "unreadable": sorted(found.items())})
         return found
@@ -89,10 +90,11 @@ def files_fingerprint(source: Source) -> str:
 
 
 class _Verdicts(Dataset[tuple[int, str | None]]):
-    """Item i says why picture i cannot be read, or None."""
+    """Item i says why picture i or its captions cannot be read, or None."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, caption_field: str) -> None:
         self.source = source
+        self.caption_field = caption_field
 
     def __len__(self) -> int:
         return len(self.source)
@@ -100,14 +102,15 @@ class _Verdicts(Dataset[tuple[int, str | None]]):
     def __getitem__(self, position: int) -> tuple[int, str | None]:
         try:
             decode(self.source.picture(position))
-        except OSError as error:
+            captions_of(self.source.metadata(position), self.caption_field, self.source.name(position))
+        except (OSError, ValueError) as error:
             return position, str(error)
         return position, None
 
 
-def _decode_all(source: Source) -> dict[int, str]:
+def _read_all(source: Source, caption_field: str) -> dict[int, str]:
     workers = (os.cpu_count() or 1) if len(source) >= _WORTH_WORKERS else 0
-    loader = DataLoader(_Verdicts(source), batch_size=64, num_workers=workers, collate_fn=list)
+    loader = DataLoader(_Verdicts(source, caption_field), batch_size=64, num_workers=workers, collate_fn=list)
     found = {}
     # disable=None: no bar where stderr is not a terminal.
     with tqdm(total=len(source), desc="checking pictures", disable=None if is_main() else True) as bar:

@@ -99,9 +99,7 @@ def pope_lines(pictures: Sequence[Captioned], seed: int) -> list[Record]:
     return lines
 
 
-def _training_questions(
-    scenes: Sequence[Factors], indices: Sequence[int], rng: np.random.Generator
-) -> list[YesNo]:
+def _training_questions(scenes: Sequence[Factors], indices: Sequence[int], rng: np.random.Generator) -> list[YesNo]:
     """Ask one question of each POPE category and one about another factor, of every picture in `indices`."""
     asked: set[tuple[int, str]] = set()
     questions: list[YesNo] = []

@@ -1,12 +1,13 @@
 """The world of Scenes: eight independent factors, their values, and the sampling of one scene from a seed.
 
-A scene holds a main group of `count` identical objects and one other object of another shape and another color. The
-factors describe the main group, except `relation` (where the other object is, seen from the group) and `background`.
-All lengths are fractions of the picture side, x to the right and y downwards.
+A scene holds a main group of `count` identical objects and one other object of another shape and another
+color. The factors describe the main group, except `relation` (where the other object is, seen from the group)
+and `background`. All lengths are fractions of the picture side, x to the right and y downwards.
 
-Splits: shape, color and background have eight values each, and a triple of them belongs to the test split iff its
-indices sum to 0 mod 8. This is a Latin square: every value and every pair of values is equally frequent in either split,
-while no triple (hence no full combination) of the test split ever occurs in training, whatever the seeds.
+Splits: shape, color and background have eight values each, and a triple of them belongs to the test split iff
+its indices sum to 0 mod 8. This is a Latin square: every value and every pair of values is equally frequent in
+either split, while no triple (hence no full combination) of the test split ever occurs in training, whatever
+the seeds.
 """
 
 from collections.abc import Mapping

@@ -93,9 +93,7 @@ def _place_other(
     radius: float,
 ) -> SceneObject:
     """Put the other object clear of the group on the side the relation names, level with the group's middle."""
-    along, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[
-        factors.relation
-    ]
+    along, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[factors.relation]
     across = 1 - along
     edge = MARGIN + radius if sign < 0 else 1 - MARGIN - radius
     nearest = half[along] + GAP + radius

@@ -1,10 +1,10 @@
 """Yes/no questions about Scenes, each question text as often true as false.
 
-A question about what is in one picture is asked again, word for word, about another picture where the answer is no. So
-P(yes | text) = 1/2 for every text, and whoever does not look at the picture is right half of the time. POPE's three ways
-to choose the absent object (Li et al. 2023, section 4) become: `random`, any absent kind; `popular`, an absent shape
-whatever its color (shapes are the most frequent objects); `adversarial`, an absent kind that shares color or shape with
-what is there, above all the color of one object on the shape of the other.
+A question about what is in one picture is asked again, word for word, about another picture where the answer is
+no. So P(yes | text) = 1/2 for every text, and whoever does not look at the picture is right half of the time.
+POPE's three ways to choose the absent object (Li et al. 2023, section 4) become: `random`, any absent kind;
+`popular`, an absent shape whatever its color (shapes are the most frequent objects); `adversarial`, an absent
+kind that shares color or shape with what is there, above all the color of one object on the shape of the other.
 """
 
 from collections import defaultdict
@@ -83,11 +83,7 @@ def existence_questions(
         f = scenes[index]
         if is_present(kind, f) or (index, existence_text(kind)) in asked:
             return False
-        return (
-            category != "adversarial"
-            or kind[0] in (f.color, f.other_color)
-            or kind[1] in (f.shape, f.other_shape)
-        )
+        return category != "adversarial" or kind[0] in (f.color, f.other_color) or kind[1] in (f.shape, f.other_shape)
 
     chosen = _swapped_kinds(scenes, negatives, kinds) if category == "adversarial" else {}
     return [
@@ -152,9 +148,7 @@ def _factor_text(factor: str, f: Factors) -> str:
     return f"{be} the {things} {f.value(factor)}?"
 
 
-def _swapped_kinds(
-    scenes: Sequence[Factors], negatives: Sequence[int], kinds: Sequence[Kind]
-) -> dict[int, int]:
+def _swapped_kinds(scenes: Sequence[Factors], negatives: Sequence[int], kinds: Sequence[Kind]) -> dict[int, int]:
     """Choose topics for as many negatives as possible: the color of one object on the shape of the other.
 
     Returns:
@@ -190,9 +184,7 @@ def _balance(
         triples (positive picture, negative picture, topic).
     """
     if len(positives) != len(negatives):
-        raise ValueError(
-            f"need as many negatives as positives, but got {len(negatives)} and {len(positives)}"
-        )
+        raise ValueError(f"need as many negatives as positives, but got {len(negatives)} and {len(positives)}")
     count = len(topics)
     taken = set(chosen.values())
     rest = iter(rng.permutation([t for t in range(count) if t not in taken]).tolist())

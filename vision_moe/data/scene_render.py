@@ -92,9 +92,7 @@ def _texture(
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _pattern(
-    texture: str, x: NDArray[np.float32], y: NDArray[np.float32], angle: float
-) -> NDArray[np.float32]:
+def _pattern(texture: str, x: NDArray[np.float32], y: NDArray[np.float32], angle: float) -> NDArray[np.float32]:
     """Return the share of the second tone, float[side, side] of 0 or 1; x and y in object radii."""
     if texture == "striped":
         # Slanted around 45 degrees, so that stripes follow no edge of a shape.
@@ -134,9 +132,7 @@ def _draw_shape(
         return
     turn = math.radians(thing.rotation)
     cos, sin = math.cos(turn) * r, math.sin(turn) * r
-    points = [
-        (center[0] + cos * x - sin * y, center[1] + sin * x + cos * y) for x, y in _corners(thing.shape)
-    ]
+    points = [(center[0] + cos * x - sin * y, center[1] + sin * x + cos * y) for x, y in _corners(thing.shape)]
     if fill is not None:
         draw.polygon(points, fill=fill)
     draw.line([*points, *points[:2]], fill=line, width=width, joint="curve")
@@ -192,8 +188,6 @@ def _cast_shadow(
     radius: float,
 ) -> None:
     """Darken the picture under an object's shadow, blurred and moved by `light` (in radii)."""
-    mask = (
-        tile.getchannel("A").filter(ImageFilter.GaussianBlur(0.1 * radius)).point(lambda a: round(a * 0.38))
-    )
+    mask = tile.getchannel("A").filter(ImageFilter.GaussianBlur(0.1 * radius)).point(lambda a: round(a * 0.38))
     spot = (corner[0] + round(light[0] * radius), corner[1] + max(1, round(light[1] * radius)))
     picture.paste((0, 0, 0), (*spot, spot[0] + tile.width, spot[1] + tile.height), mask)

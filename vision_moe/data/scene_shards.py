@@ -31,9 +31,7 @@ class Shard:
     image_size: int
 
 
-def plan_shards(
-    folder: Path, split: str, num: int, *, seed: int, image_size: int, shard_size: int
-) -> list[Shard]:
+def plan_shards(folder: Path, split: str, num: int, *, seed: int, image_size: int, shard_size: int) -> list[Shard]:
     """Return the shards of a split of `num` pictures; the last one may be smaller."""
     return [
         Shard(
@@ -68,9 +66,7 @@ def draw_shard(shard: Shard) -> list[Captioned]:
     images = shard.folder / "images" / shard.split
     images.mkdir(parents=True, exist_ok=True)
     pictures = []
-    with tarfile.open(
-        shard.folder / f"{shard.split}-{shard.number:04d}.tar", "w", format=tarfile.USTAR_FORMAT
-    ) as tar:
+    with tarfile.open(shard.folder / f"{shard.split}-{shard.number:04d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in range(shard.first, shard.first + shard.count):
             key = f"{shard.split}{index:06d}"
             scene = sample_scene(shard.seed, shard.split, index)
@@ -80,9 +76,7 @@ def draw_shard(shard: Shard) -> list[Captioned]:
             _add(tar, f"{key}.jpg", jpeg)
             _add(tar, f"{key}.json", json.dumps(_metadata(scene, text, shard.split)).encode())
             image = f"{shard.split}/{key}.jpg"
-            pictures.append(
-                Captioned(key=key, image=image, factors=scene.factors, short=text.short, long=text.long)
-            )
+            pictures.append(Captioned(key=key, image=image, factors=scene.factors, short=text.short, long=text.long))
     return pictures
 
 

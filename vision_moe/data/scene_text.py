@@ -1,6 +1,7 @@
-"""The captions of Scenes: short ones that name one factor or two, long ones that name all, and one-factor variants.
+"""The captions of Scenes: short ones that name one factor or two, long ones that name all, one-factor variants.
 
-The words are few (some 110) and the grammar is plain, so that a tiny tokenizer and a tiny language model can learn both.
+The words are few (questions included, some 95) and the grammar is plain, so that a tiny tokenizer and a tiny
+language model can learn both.
 """
 
 from dataclasses import dataclass

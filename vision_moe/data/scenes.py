@@ -1,9 +1,9 @@
 """Scenes, the built-in data set: `python -m vision_moe.data.scenes --out DIR --num N --seed S`.
 
-Writes `train-*.tar` and `test-*.tar` (WebDataset: KEY.jpg, KEY.json), the same pictures under `images/`, the LLaVA lists
-`llava_pretrain.json` and `llava_finetune.json` (train pictures), POPE's `pope_test.jsonl` (test pictures), and
-`scenes.json`, which says what was asked for and is the mark of a finished set. The set is made in a folder beside DIR that
-is renamed at the end, so DIR is never half-written.
+Writes `train-*.tar` and `test-*.tar` (WebDataset: KEY.jpg, KEY.json), the same pictures under `images/`, the
+LLaVA lists `llava_pretrain.json` and `llava_finetune.json` (train pictures), POPE's `pope_test.jsonl` (test
+pictures), and `scenes.json`, which says what was asked for and is the mark of a finished set. The set is made in
+a folder beside DIR that is renamed at the end, so DIR is never half-written.
 """
 
 import argparse
@@ -67,16 +67,20 @@ def generate(out: Path, arguments: ScenesArguments, *, num_workers: int = 1, pro
         whether anything was written.
 
     Raises:
-        ValueError: if `out` holds something else.
+        ValueError: if `out` holds something else, or num_workers is below 1.
     """
+    if num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, but got {num_workers}")
     if _is_finished(out, arguments):
         return False
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.parent / f".{out.name}.{os.getpid()}.partial"
+    # Left behind only by a killed run that had our process id.
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
         _write_set(work, arguments, num_workers, progress)
-        # Onto an empty folder this is still one step; onto a set that another process finished meanwhile it fails.
+        # One step, onto an empty folder too; it fails if another process finished a set there meanwhile.
         os.replace(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -94,12 +98,8 @@ def _is_finished(out: Path, arguments: ScenesArguments) -> bool:
     got = {"version": found.get("version"), **found.get("arguments", {})}
     wanted = {"version": GENERATOR_VERSION, **asdict(arguments)}
     if got != wanted:
-        differ = ", ".join(
-            f"{k}={got.get(k)} (asked for {wanted[k]})" for k in wanted if got.get(k) != wanted[k]
-        )
-        raise ValueError(
-            f"{out} holds another Scenes set: {differ}; choose another --out or remove that folder"
-        )
+        differ = ", ".join(f"{k}={got.get(k)} (asked for {wanted[k]})" for k in wanted if got.get(k) != wanted[k])
+        raise ValueError(f"{out} holds another Scenes set: {differ}; choose another --out or remove that folder")
     return True
 
 
@@ -128,9 +128,7 @@ def _write_set(folder: Path, arguments: ScenesArguments, num_workers: int, progr
     pope = pope_lines(pictures["test"], arguments.seed)
     _write_list(folder / "llava_pretrain.json", pretrain)
     _write_list(folder / "llava_finetune.json", finetune)
-    (folder / "pope_test.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in pope), encoding="utf-8"
-    )
+    (folder / "pope_test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in pope), encoding="utf-8")
     mark = {
         "version": GENERATOR_VERSION,
         "arguments": asdict(arguments),
@@ -147,20 +145,14 @@ def _write_list(path: Path, records: Sequence[Record]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vision_moe.data.scenes", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m vision_moe.data.scenes", description="Draw the Scenes data set.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the set")
     parser.add_argument("--num", type=int, required=True, help="training pictures")
-    parser.add_argument(
-        "--num-test", type=int, help="test pictures (default: a tenth of --num, at least 200)"
-    )
+    parser.add_argument("--num-test", type=int, help="test pictures (default: a tenth of --num, at least 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels, 64 to 336 (default: 64)")
     parser.add_argument("--shard-size", type=int, default=1000, help="pictures per shard (default: 1000)")
-    parser.add_argument(
-        "--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
-    )
+    parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     flags = parser.parse_args(argv)
     num_test = max(200, flags.num // 10) if flags.num_test is None else flags.num_test
     try:

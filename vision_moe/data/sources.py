@@ -144,6 +144,40 @@ def open_source(path: Path, split: str, image_dir: Path | None) -> Source:
     return ListSource(path, path.parent if image_dir is None else image_dir)
 
 
+def captions_of(metadata: dict[str, Any], field: str, name: str) -> list[str]:
+    """Captions of one picture, each on one line.
+
+    Args:
+        metadata: the picture's JSON.
+        field: key of the captions; "captions" also finds a "caption", and the second turn of ShareGPT4V's form.
+        name: what to call the picture in messages.
+
+    Raises:
+        ValueError: there are none, or they are not text.
+    """
+    found = metadata.get(field)
+    if found is None and field == "captions":
+        found = metadata.get("caption", _described(metadata))
+    captions = [found] if isinstance(found, str) else found
+    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+        raise ValueError(
+            f"{name}: {field!r} must be a string or a list of strings, but got {found!r}; "
+            f"its keys are {sorted(metadata)}"
+        )
+    lines = [" ".join(text.splitlines()).strip() for text in captions]
+    if not all(lines):
+        raise ValueError(f"{name}: {field!r} holds an empty caption")
+    return lines
+
+
+def _described(metadata: dict[str, Any]) -> str | None:
+    """The caption of ShareGPT4V's form: what the assistant answers first."""
+    turns = metadata.get("conversations")
+    if isinstance(turns, list) and len(turns) > 1 and isinstance(turns[1], dict):
+        return turns[1].get("value")
+    return None
+
+
 def _index(shard: Path) -> dict[str, dict[str, _Member]]:
     """Files of a shard by key, which is the name up to the first dot, and suffix."""
     found: dict[str, dict[str, _Member]] = {}

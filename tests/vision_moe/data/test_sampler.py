@@ -1,5 +1,7 @@
 """Batch samplers: what a global batch holds, and that ranks share it."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,8 @@ from torch.utils.data import DataLoader
 from vision_moe.data.sampler import ClusterBatchSampler, EpochBatchSampler
 
 # 23 samples in clusters of 9, 8, 4 and 2; labels with gaps, as accumulated labels have.
-LABELS_N = torch.tensor([10] * 9 + [3] * 8 + [70] * 4 + [71] * 2)[
-    torch.randperm(23, generator=torch.Generator().manual_seed(0))
-]
+_SHUFFLE = torch.randperm(23, generator=torch.Generator().manual_seed(0))
+LABELS_N = torch.tensor([10] * 9 + [3] * 8 + [70] * 4 + [71] * 2)[_SHUFFLE]
 
 
 def test_epoch_sampler_uses_every_sample_once_before_any_twice():
@@ -41,7 +42,7 @@ def test_slices_of_all_ranks_are_the_batch_of_one_process(kind, world_size):
     alone = list(sampler(0, 1))
     ranks = [list(sampler(rank, world_size)) for rank in range(world_size)]
     assert {len(batches) for batches in ranks} == {9}
-    joined = [sum(parts, []) for parts in zip(*ranks, strict=True)]
+    joined = [list(chain(*parts)) for parts in zip(*ranks, strict=True)]
     assert joined == alone
     assert all(len({index for index, _ in batch}) == 4 for batch in alone)
 

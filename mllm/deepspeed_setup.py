@@ -1,0 +1,46 @@
+"""Readies DeepSpeed before a model is built, on GPUs and on processors without one."""
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+
+
+def deepspeed_config(name: str) -> str | None:
+    """The JSON of a recipe's `deepspeed`: "zero2", "zero3", a path; None for "none"."""
+    if name == "none":
+        return None
+    return str(_FOLDER / f"{name}.json") if name in ("zero2", "zero3") else name
+
+
+def init_deepspeed() -> None:
+    """Makes the process group through DeepSpeed, which on CPU ranks must happen before ZeRO-3 builds a model.
+
+    A process that no launcher started becomes a world of one.
+
+    Raises:
+        ModuleNotFoundError: DeepSpeed is not installed.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ModuleNotFoundError('DeepSpeed is missing: pip install "vision-moe[mllm]", or deepspeed: none') from error
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    if torch.cuda.is_available():
+        deepspeed.init_distributed()
+        return
+    # DeepSpeed would first compile an operator for over a minute that only its inference uses. Its table of usable
+    # operators is the place where one is switched off.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

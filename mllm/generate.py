@@ -1,0 +1,275 @@
+"""Asks a LLaVA: the one way from messages and pictures to an answer, used by evaluation and demo alike."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlavaProcessor,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from mllm.conversation import IMAGE_TOKEN, IMAGE_TOKEN_ID, Template, encode_prompt, stop_token_ids
+from mllm.images import pixels
+from mllm.model import LlavaMoEForConditionalGeneration
+from mllm.streaming import Generation, StopOnEvent
+
+Messages = Sequence[dict[str, str]]
+Question = tuple[Messages, Sequence[Image.Image]]
+Quantization = Literal["4bit", "8bit"]
+_DEFAULT_NEW_TOKENS = 512
+
+
+class Chat:
+    """A model with the processor and the template it was trained with.
+
+    Messages are {"role": "user" | "assistant", "content": text}, ending with the user's. Each `<image>` in them stands
+    for one picture, in order; if there is none, the pictures go to the head of the first message.
+
+    Args:
+        model: the LLaVA.
+        processor: its tokenizer and image processor.
+        template: see `mllm.conversation.encode`.
+    """
+
+    def __init__(self, model: LlavaMoEForConditionalGeneration, processor: LlavaProcessor, template: Template) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.template: Template = template
+        self._stop_ids = stop_token_ids(processor.tokenizer, template)
+
+    def generate(
+        self,
+        messages: Messages,
+        images: Sequence[Image.Image] = (),
+        max_new_tokens: int = _DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+    ) -> str:
+        """The answer; greedy at temperature 0.
+
+        Raises:
+            ValueError: malformed messages, as many pictures as placeholders is not the case, or a bad setting.
+        """
+        return self.generate_batch([(messages, images)], max_new_tokens, temperature, top_p, num_beams)[0]
+
+    def generate_batch(
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int = _DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+    ) -> list[str]:
+        """The answers to several (messages, images), computed together; arguments as in `generate`."""
+        if not questions:
+            return []
+        settings = self._settings(max_new_tokens, temperature, top_p, num_beams)
+        inputs = self._inputs(questions)
+        output_ids = self.model.generate(**inputs, generation_config=settings)
+        return [self._decode(row) for row in output_ids[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def stream(
+        self,
+        messages: Messages,
+        images: Sequence[Image.Image] = (),
+        max_new_tokens: int = _DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: threading.Event | None = None,
+    ) -> Iterator[str]:
+        """The answer as it grows: each item is all of it so far. Ends early when `stop` is set or it is closed.
+
+        Args:
+            messages: as in `generate`.
+            images: as in `generate`.
+            max_new_tokens: as in `generate`.
+            temperature: as in `generate`.
+            top_p: as in `generate`.
+            stop: setting it from another thread ends the generation at the next token.
+        """
+        closed = threading.Event()
+        stops = [closed] if stop is None else [closed, stop]
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        run = Generation(
+            self.model,
+            streamer,
+            {
+                **self._inputs([(messages, images)]),
+                "generation_config": self._settings(max_new_tokens, temperature, top_p, 1),
+                "stopping_criteria": StoppingCriteriaList([StopOnEvent(stops)]),
+            },
+        )
+        run.start()
+        try:
+            text = ""
+            for piece in streamer:
+                text += piece
+                if piece and text.strip():
+                    yield text.strip()
+        finally:
+            closed.set()
+            run.join()
+        if run.error is not None:
+            raise run.error
+
+    @torch.inference_mode()
+    def router_logits(self, image: Image.Image) -> tuple[list[Tensor], tuple[int, int]]:
+        """How the tower routes a picture.
+
+        Returns:
+            float32[S, E] for each MoE block, the class token first, none for a dense tower; and the grid (h, w) of the
+            S - 1 patches, row by row.
+        """
+        config = self.model.config.vision_config
+        side = config.image_size // config.patch_size
+        if not getattr(config, "moe_block_indices", ()):
+            return [], (side, side)
+        batch = pixels(self.processor.image_processor, image)[None].to(self.model.device)
+        outputs = self.model.model.vision_tower(batch, output_router_logits=True)
+        return [logits[0].float().cpu() for logits in outputs.router_logits], (side, side)
+
+    def _inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        """Left-padded batch for `model.generate`."""
+        rows = [self._prompt_ids(messages, len(images)) for messages, images in questions]
+        length = max(len(row) for row in rows)
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if limit is not None and length >= limit:
+            raise ValueError(f"the conversation takes {length} tokens, but the model reads at most {limit}; shorten it")
+        pad = self.processor.tokenizer.pad_token_id
+        device = self.model.device
+        inputs = {
+            "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device),
+            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device),
+        }
+        pictures = [pixels(self.processor.image_processor, image) for _, images in questions for image in images]
+        if pictures:
+            inputs["pixel_values"] = torch.stack(pictures).to(device)
+        return inputs
+
+    def _prompt_ids(self, messages: Messages, num_images: int) -> list[int]:
+        conversation = _place_images(_to_conversation(messages), num_images)
+        ids = encode_prompt(conversation, self.processor.tokenizer, self.template)
+        if ids.count(IMAGE_TOKEN_ID) != num_images:
+            raise ValueError(
+                f"{num_images} picture(s) for {ids.count(IMAGE_TOKEN_ID)} {IMAGE_TOKEN} placeholder(s) in the "
+                f"messages; give one picture for each"
+            )
+        config = self.model.config
+        image_tokens = [config.image_token_id] * config.image_seq_length
+        return [token for id_ in ids for token in (image_tokens if id_ == IMAGE_TOKEN_ID else [id_])]
+
+    def _settings(self, max_new_tokens: int, temperature: float, top_p: float, num_beams: int) -> GenerationConfig:
+        if max_new_tokens < 1 or num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"max_new_tokens and num_beams must be at least 1, temperature at least 0 and top_p in (0, 1], but got "
+                f"max_new_tokens={max_new_tokens}, num_beams={num_beams}, temperature={temperature}, top_p={top_p}"
+            )
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            num_beams=num_beams,
+            eos_token_id=self._stop_ids,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+            # An answer in the middle of which a picture is announced would be nonsense.
+            suppress_tokens=[self.model.config.image_token_id],
+            **sampling,
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        end = next((index for index, id_ in enumerate(ids) if id_ in self._stop_ids), len(ids))
+        return self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    quantization: Quantization | None = None,
+    template: Template | None = None,
+) -> Chat:
+    """Loads a model that `mllm.assemble` or `mllm.train` wrote.
+
+    Args:
+        folder: the model.
+        dtype: of the weights; None = as saved.
+        device: None = a GPU if there is one, else the CPU.
+        quantization: "4bit" or "8bit" holds the language model's weights in fewer bits (bitsandbytes).
+        template: None = the one in the model's config.
+
+    Raises:
+        ValueError: no template is known, an unknown quantization, or the folder lacks weights.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, report = LlavaMoEForConditionalGeneration.from_pretrained(
+        folder,
+        dtype=dtype or "auto",
+        device_map={"": device},
+        quantization_config=_quantization_config(quantization),
+        output_loading_info=True,
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise ValueError(f"{folder} is no complete model; missing: {sorted(report['missing_keys'])}")
+    template = template or getattr(model.config, "conversation_template", None)
+    if template is None:
+        raise ValueError(f"the config of {folder} names no conversation_template; say which it was trained with")
+    return Chat(model, load_processor(folder), template)
+
+
+def load_processor(folder: str | Path) -> LlavaProcessor:
+    """The saved processor, with the image processing of training, which AutoProcessor would swap for torchvision's."""
+    settings, _ = LlavaProcessor.get_processor_dict(str(folder))
+    names = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "chat_template")
+    return LlavaProcessor(
+        image_processor=LlavaImageProcessorPil.from_pretrained(folder),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        **{name: settings[name] for name in names if name in settings},
+    )
+
+
+def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
+    if quantization is None:
+        return None
+    # Full names: "vision_tower" alone would match nothing, and the tower would be quantised unnoticed.
+    spared = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=spared,
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=spared)
+    raise ValueError(f"unknown quantization {quantization!r}; choose one of: 4bit, 8bit")
+
+
+def _to_conversation(messages: Messages) -> list[dict[str, str]]:
+    sides = {"user": "human", "assistant": "gpt"}
+    for index, message in enumerate(messages):
+        if message.get("role") not in sides:
+            raise ValueError(f"message {index} has role {message.get('role')!r}; choose one of: {', '.join(sides)}")
+    return [{"from": sides[message["role"]], "value": message["content"]} for message in messages]
+
+
+def _place_images(conversation: list[dict[str, str]], num_images: int) -> list[dict[str, str]]:
+    placed = any(IMAGE_TOKEN in turn["value"] for turn in conversation)
+    if placed or not num_images:
+        return conversation
+    for turn in conversation:
+        if turn["from"] == "human":
+            turn["value"] = f"{IMAGE_TOKEN}\n" * num_images + turn["value"]
+            break
+    return conversation

@@ -1,0 +1,116 @@
+"""LLaVA-1.5 with a CLIP or CLIP-MoE vision tower (Liu et al. 2023, arXiv:2310.03744).
+
+transformers' LlavaForConditionalGeneration, which also loads what this one saves, with a training forward of its own:
+the head runs where it is supervised, every batch runs the tower, and an unfrozen tower's router losses count.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+
+# Importing it registers CLIP-MoE with transformers, or a saved vision_config would be of unknown type.
+import vision_moe.model  # noqa: F401
+from mllm.loss import supervised_loss
+
+
+@dataclass
+class LlavaMoEOutput(LlavaCausalLMOutputWithPast):
+    """Beyond `LlavaCausalLMOutputWithPast`:
+
+    Attributes:
+        loss: in training, language loss plus the tower's aux loss, if it trains.
+        logits: None in training.
+        aux_loss: the tower's router losses, coefficients applied, detached; None if it is dense, frozen or saw no
+            picture.
+    """
+
+    aux_loss: Tensor | None = None
+
+
+class LlavaMoEForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA; without labels, or in evaluation, it computes what its parent does."""
+
+    def train(self, mode: bool = True) -> "LlavaMoEForConditionalGeneration":
+        """Sets the mode of all parts; a frozen tower stays in evaluation, without router noise and aux loss."""
+        super().train(mode)
+        if mode and not self._tower_trains():
+            self.model.vision_tower.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> LlavaMoEOutput | LlavaCausalLMOutputWithPast:
+        """One batch of B samples.
+
+        Args:
+            input_ids: int64[B, S], image tokens expanded.
+            pixel_values: float[N, 3, H, W], the pictures in the order of their tokens; None for text alone.
+            attention_mask: [B, S], 0 at padding.
+            position_ids: int64[B, S]; None = counted.
+            labels: int64[B, S], -100 where nothing is supervised.
+            num_items_in_batch: supervised tokens of the whole step, as transformers' Trainer counts them; None = of
+                this batch.
+            **kwargs: as in `LlavaForConditionalGeneration.forward`.
+        """
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        if labels is None or not self.training:
+            if labels is not None and num_items_in_batch is not None:
+                inputs["num_items_in_batch"] = num_items_in_batch
+            return super().forward(input_ids=input_ids, pixel_values=pixel_values, labels=labels, **inputs)
+        return self._forward_training(input_ids, pixel_values, labels, num_items_in_batch, inputs)
+
+    def _forward_training(
+        self,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+        inputs: dict[str, Any],
+    ) -> LlavaMoEOutput:
+        seen = pixel_values if pixel_values is not None else self._blank_picture()
+        images = self.model.get_image_features(pixel_values=seen, return_dict=True)
+        if pixel_values is not None:
+            inputs["mm_encoder_outputs"] = {"image": images}
+        outputs = self.model(input_ids=input_ids, **{**inputs, "return_dict": True, "use_cache": False})
+        loss, num_supervised = supervised_loss(outputs.last_hidden_state, labels, self.lm_head, num_items)
+        aux_loss = self._tower_aux_loss(images)
+        if pixel_values is None:
+            # Every rank must run tower and projector and have gradients for them, or DDP and ZeRO-3 hang.
+            loss = loss + 0.0 * sum(features.sum() for features in images.pooler_output)
+            if aux_loss is not None:
+                loss, aux_loss = loss + 0.0 * aux_loss, None
+        elif aux_loss is not None:
+            # The Trainer sums the losses of a step's micro batches: shares that sum to 1 make the aux losses a mean.
+            share = 1.0 if num_items is None else num_supervised / num_items
+            loss = loss + share * aux_loss
+        return LlavaMoEOutput(
+            loss=loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            aux_loss=None if aux_loss is None else aux_loss.detach(),
+        )
+
+    def _blank_picture(self) -> Tensor:
+        config, tower = self.config.vision_config, self.model.vision_tower
+        shape = (1, config.num_channels, config.image_size, config.image_size)
+        return torch.zeros(shape, dtype=tower.dtype, device=tower.device)
+
+    def _tower_aux_loss(self, images: BaseModelOutputWithPooling) -> Tensor | None:
+        has_experts = bool(getattr(self.config.vision_config, "moe_block_indices", ()))
+        return images.aux_loss if has_experts and self._tower_trains() else None
+
+    def _tower_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.model.vision_tower.parameters())

@@ -1,0 +1,213 @@
+"""Runs the two stages of a LLaVA recipe so that a killed run goes on, and a finished stage is not run twice."""
+
+import gc
+import json
+import logging
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+
+from mllm.collate import LlavaCollator
+from mllm.data import LlavaDataset
+from mllm.deepspeed_setup import deepspeed_config
+from mllm.images import set_aspect_ratio
+from mllm.lora import merge_lora
+from mllm.model import LlavaMoEForConditionalGeneration
+from mllm.parts import set_trainable
+from mllm.recipe import LlavaConfig, StageConfig
+from mllm.sampler import DialogueBatchSampler
+from mllm.trainer import CheckpointMarker, LlavaTrainer, last_complete_checkpoint
+from vision_moe.checkpoint import write_folder
+from vision_moe.distributed import barrier, is_main, rank, world_size
+from vision_moe.tracking import MetricsCallback, write_json
+
+logger = logging.getLogger(__name__)
+
+
+class StageRunner:
+    """Runs one stage after the other; each starts from the model folder that the one before left.
+
+    Args:
+        config: the recipe.
+        processor: tokenizer and image processor of the run's model.
+    """
+
+    def __init__(self, config: LlavaConfig, processor: ProcessorMixin) -> None:
+        self.config = config
+        self.processor = processor
+
+    def run(self, name: str, stage: StageConfig, start: Path, target: Path) -> None:
+        """Trains a stage from the model folder `start` and leaves the model in `target`.
+
+        Raises:
+            ValueError: the batch sizes do not fit the number of processes, or the data is not as it must be.
+        """
+        folder = self.config.output / name
+        if is_finished(folder):
+            logger.info("stage %s is finished: %s", name, target)
+            self._clean(folder)
+            return
+        set_seed(self.config.seed)
+        dataset = self._dataset(stage, start)
+        samples = stage.samples if stage.samples is not None else math.ceil(stage.epochs * len(dataset))
+        num_steps = math.ceil(samples / stage.global_batch_size)
+        # Before the model: under ZeRO-3 these arguments make from_pretrained split every weight over the ranks.
+        args = self._arguments(stage, folder, num_steps)
+        model = LlavaMoEForConditionalGeneration.from_pretrained(start, dtype=self._load_dtype())
+        model.config.use_cache = False
+        trained = set_trainable(model, stage)
+        trainer = self._trainer(name, stage, model, args, dataset, num_steps)
+        self._log_plan(name, stage, num_steps, trained)
+        checkpoint = last_complete_checkpoint(folder / "checkpoints")
+        if checkpoint:
+            logger.info("stage %s goes on from %s", name, checkpoint)
+        began = time.monotonic()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        summary = {
+            "name": name,
+            "steps": num_steps,
+            "samples": num_steps * stage.global_batch_size,
+            "parameters": trained,
+            "seconds": round(time.monotonic() - began, 1),
+            "seconds_cover": "since the resumption" if checkpoint else "the whole stage",
+        }
+        self._save(trainer, stage, target)
+        if is_main():
+            write_json(folder / "stage.json", summary)
+        barrier()
+        self._clean(folder)
+        # Frees this stage's engine and gradients before the next stage loads its model.
+        del trainer, model
+        gc.collect()
+
+    def _dataset(self, stage: StageConfig, start: Path) -> LlavaDataset:
+        config = json.loads((start / "config.json").read_text(encoding="utf-8"))
+        assert stage.data is not None, "mllm.train fills in the data of every stage"
+        image_processor = self.processor.image_processor
+        set_aspect_ratio(image_processor, stage.image_aspect_ratio or self.config.image_aspect_ratio)
+        return LlavaDataset(
+            stage.data,
+            stage.image_folder or self.config.image_folder,
+            self.processor.tokenizer,
+            image_processor,
+            stage.template or self.config.template,
+            num_image_tokens=config["image_seq_length"],
+            max_length=self.config.max_length,
+        )
+
+    def _trainer(
+        self,
+        name: str,
+        stage: StageConfig,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        dataset: LlavaDataset,
+        num_steps: int,
+    ) -> LlavaTrainer:
+        lengths = None
+        if stage.group_by_modality_length:
+            lengths = [
+                length if has_image else -length
+                for length, has_image in zip(dataset.lengths, dataset.has_image, strict=True)
+            ]
+        sampler = DialogueBatchSampler(
+            len(dataset),
+            stage.global_batch_size,
+            num_steps,
+            self.config.seed,
+            rank=rank(),
+            world_size=world_size(),
+            accumulation=stage.accumulation(world_size()),
+            lengths=lengths,
+        )
+        return LlavaTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=LlavaCollator(self.processor.tokenizer.pad_token_id),
+            batch_sampler=sampler,
+            learning_rates={"projector": stage.projector_lr, "llm": stage.llm_lr, "tower": stage.tower_lr},
+            callbacks=[MetricsCallback(self.config.output, name), CheckpointMarker()],
+        )
+
+    def _arguments(self, stage: StageConfig, folder: Path, num_steps: int) -> TrainingArguments:
+        return TrainingArguments(
+            output_dir=str(folder / "checkpoints"),
+            max_steps=num_steps,
+            per_device_train_batch_size=stage.per_device_batch_size,
+            gradient_accumulation_steps=stage.accumulation(world_size()),
+            # The largest; every part's own goes into its parameter groups.
+            learning_rate=max(stage.projector_lr, stage.llm_lr, stage.tower_lr),
+            weight_decay=stage.weight_decay,
+            max_grad_norm=stage.max_grad_norm,
+            lr_scheduler_type=stage.schedule,
+            warmup_steps=stage.warmup,
+            activation_checkpointing=stage.gradient_checkpointing,
+            bf16=self.config.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            seed=self.config.seed,
+            logging_steps=self.config.logging_steps,
+            save_steps=self.config.save_steps,
+            # Two, so that the last complete one is there while the next is being written.
+            save_total_limit=2,
+            dataloader_num_workers=self.config.num_workers,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            remove_unused_columns=False,
+            report_to=[],
+            disable_tqdm=not sys.stderr.isatty(),
+            # A tower's last norm serves its class token, which LLaVA does not read.
+            ddp_find_unused_parameters=stage.tower == "full",
+            deepspeed=deepspeed_config(self.config.deepspeed),
+        )
+
+    def _load_dtype(self) -> torch.dtype:
+        """DeepSpeed computes in bfloat16 and keeps float32 masters; autocast without it wants float32 weights."""
+        return torch.bfloat16 if self.config.bf16 and self.config.deepspeed != "none" else torch.float32
+
+    def _save(self, trainer: LlavaTrainer, stage: StageConfig, target: Path) -> None:
+        # All ranks take part: ZeRO-3 gathers every weight.
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if not is_main():
+            return
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if stage.llm == "lora":
+            state = merge_lora(state, stage.lora)
+        model.config.image_aspect_ratio = stage.image_aspect_ratio or self.config.image_aspect_ratio
+        model.config.use_cache = True
+
+        def write(folder: Path) -> None:
+            model.save_pretrained(folder, state_dict=state)
+            self.processor.save_pretrained(folder)
+
+        write_folder(target, write)
+
+    def _log_plan(self, name: str, stage: StageConfig, num_steps: int, trained: dict[str, dict[str, int]]) -> None:
+        logger.info(
+            "stage %s: %d steps of %d dialogues = %d per forward x %d processes x %d accumulated forwards",
+            name,
+            num_steps,
+            stage.global_batch_size,
+            stage.per_device_batch_size,
+            world_size(),
+            stage.accumulation(world_size()),
+        )
+        rates: dict[str, Any] = {"projector": stage.projector_lr, "llm": stage.llm_lr, "tower": stage.tower_lr}
+        for part, counts in trained.items():
+            rate = f"learning rate {rates[part]:g}" if counts["trained"] else "frozen"
+            logger.info("  %s: trains %d of %d parameters, %s", part, counts["trained"], counts["all"], rate)
+
+    def _clean(self, folder: Path) -> None:
+        if is_main():
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        barrier()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage's marker, written last, is there."""
+    return (folder / "stage.json").is_file()

@@ -1,0 +1,142 @@
+"""Trains LLaVA-1.5 from one recipe: `python -m mllm.train RECIPE.yaml [--field value ...]`.
+
+Tower, projector and language model are first put together into one model folder; stage pretrain and stage finetune then
+each load a folder and leave a folder. Started again, it goes on where it stopped. For more than one process:
+`bash scripts/llava_finetune.sh RECIPE.yaml`.
+"""
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import LlavaProcessor
+
+import vision_moe.model  # noqa: F401  (registers CLIP-MoE with the Auto classes)
+from mllm.assemble import assemble
+from mllm.deepspeed_setup import init_deepspeed
+from mllm.language_model import resolve_language_model
+from mllm.recipe import LlavaConfig, StageConfig
+from mllm.stages import StageRunner, is_finished
+from vision_moe.assets import resolve_model
+from vision_moe.config import parse, to_dict, write_yaml
+from vision_moe.data.scenes import ScenesArguments, generate
+from vision_moe.distributed import barrier, is_main
+from vision_moe.tracking import setup_logging, write_environment
+
+logger = logging.getLogger(__name__)
+
+_SMOKE = Path(__file__).parent / "recipes" / "smoke.yaml"
+# Fields that may differ between a run and its continuation.
+_FREE_FIELDS = ("logging_steps", "save_steps", "num_workers")
+
+
+def main() -> None:
+    """Entry point."""
+    setup_logging()
+    model = run(parse(LlavaConfig, smoke=_SMOKE))
+    logger.info("the model is in %s", model)
+
+
+def run(config: LlavaConfig) -> Path:
+    """Runs the enabled stages of a recipe; returns the folder of the finished model.
+
+    Raises:
+        ValueError: a stage names no data, or the output folder holds a run of another recipe.
+        FileNotFoundError: data or pictures are not where the recipe says.
+    """
+    _check_output(config)
+    if config.deepspeed != "none":
+        init_deepspeed()
+    _claim_output(config)
+    config = _with_data(config)
+    stages = config.stages()
+    folders = [config.output / name / "model" for name, _ in stages[:-1]] + [config.output / "model"]
+    start = config.output / "start"
+    if not is_finished(config.output / stages[0][0]):
+        _build_start(config, start)
+    runner = StageRunner(config, LlavaProcessor.from_pretrained(_first_existing([*reversed(folders), start])))
+    for (name, stage), source, target in zip(stages, [start, *folders], folders, strict=False):
+        runner.run(name, stage, source, target)
+    if is_main():
+        shutil.rmtree(start, ignore_errors=True)
+    barrier()
+    return folders[-1]
+
+
+def _build_start(config: LlavaConfig, start: Path) -> None:
+    """Puts the untrained LLaVA together on rank 0, in plain memory: nothing of DeepSpeed is active yet."""
+    if is_main() and not start.is_dir():
+        assemble(
+            resolve_model(config.vision),
+            resolve_language_model(config.llm),
+            None,
+            start,
+            template=config.template,
+            image_aspect_ratio=config.image_aspect_ratio,
+            select_layer=config.select_layer,
+            projector=config.projector,
+            seed=config.seed,
+        )
+    barrier()
+
+
+def _with_data(config: LlavaConfig) -> LlavaConfig:
+    """Fills in Scenes where a stage names no data, and checks that what is named exists."""
+    scenes = config.output / "scenes"
+    wants_scenes = [name for name, stage in config.stages() if stage.data is None]
+    if wants_scenes and not config.scenes:
+        raise ValueError(
+            f"stage {' and '.join(wants_scenes)} names no data; give --{wants_scenes[0]}.data FILE.json "
+            f"--image_folder DIR, or --scenes N for the built-in pictures"
+        )
+    if wants_scenes:
+        if is_main():
+            generate(scenes, ScenesArguments(num=config.scenes, num_test=max(1, config.scenes // 10), seed=config.seed))
+        barrier()
+    return replace(
+        config,
+        pretrain=_stage_with_data(config.pretrain, scenes, "llava_pretrain.json"),
+        finetune=_stage_with_data(config.finetune, scenes, "llava_finetune.json"),
+    )
+
+
+def _stage_with_data(stage: StageConfig, scenes: Path, name: str) -> StageConfig:
+    if not stage.enabled:
+        return stage
+    if stage.data is None:
+        return replace(stage, data=scenes / name, image_folder=scenes / "images")
+    if not stage.data.is_file():
+        raise FileNotFoundError(f"no data file {stage.data}")
+    return stage
+
+
+def _check_output(config: LlavaConfig) -> None:
+    """Refuses a folder that holds another recipe's run, since its stages would be taken for ours."""
+    saved = config.output / "config.yaml"
+    if not saved.is_file():
+        return
+    before, now = to_dict(parse(LlavaConfig, [str(saved)])), to_dict(config)
+    differing = [name for name in now if before[name] != now[name] and name not in _FREE_FIELDS]
+    if differing:
+        raise ValueError(
+            f"{config.output} holds a run with other settings of {', '.join(differing)}; "
+            f"choose another --output, or delete that folder"
+        )
+
+
+def _claim_output(config: LlavaConfig) -> None:
+    # No rank may still be comparing the file with its recipe.
+    barrier()
+    if is_main():
+        write_yaml(config, config.output / "config.yaml")
+        write_environment(config.output)
+    barrier()
+
+
+def _first_existing(folders: list[Path]) -> Path:
+    return next(folder for folder in folders if folder.is_dir())
+
+
+if __name__ == "__main__":
+    main()

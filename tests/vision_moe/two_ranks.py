@@ -1,0 +1,71 @@
+"""Run by test_two_ranks.py twice, with RANK and WORLD_SIZE set: `python two_ranks.py DATA OUT MODEL`."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+from transformers import CLIPModel, CLIPProcessor
+
+from vision_moe.contrastive import contrastive_loss
+from vision_moe.data import open_captions
+from vision_moe.distributed import barrier, gather, is_main, rank, world_size
+from vision_moe.features import extract_features
+
+
+class TwoTowers(nn.Module):
+    """Two linear towers and a logit scale; weights are those of `inputs`."""
+
+    def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.image_tower = nn.Parameter(inputs["image_tower"])
+        self.text_tower = nn.Parameter(inputs["text_tower"])
+        self.logit_scale = nn.Parameter(inputs["logit_scale"])
+
+    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        image_BD = normalize(images @ self.image_tower, dim=-1)
+        text_BD = normalize(texts @ self.text_tower, dim=-1)
+        return image_BD, text_BD, self.logit_scale.exp()
+
+
+def losses_and_gradients(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Loss and every parameter gradient under DDP, for each of four settings."""
+    own = slice(rank() * 4, rank() * 4 + 4)
+    found = {}
+    for name, groups_B in (("plain", None), ("groups", inputs["groups"][own])):
+        for label_smoothing in (0.0, 0.1):
+            model = DistributedDataParallel(TwoTowers({key: value.clone() for key, value in inputs.items()}))
+            embeds = model(inputs["images"][own], inputs["texts"][own])
+            loss = contrastive_loss(*embeds, groups_B=groups_B, label_smoothing=label_smoothing)
+            loss.backward()
+            found[f"{name}-{label_smoothing}-loss"] = loss.detach()
+            for key, parameter in model.module.named_parameters():
+                found[f"{name}-{label_smoothing}-{key}"] = parameter.grad
+    return found
+
+
+def main(data: Path, out: Path, model_folder: Path) -> None:
+    assert not dist.is_initialized()
+    assert world_size() == 2
+    dataset = open_captions(data, check_cache=out / "check.json", max_unreadable_share=0.5)
+    # The first wait of a run sets the process group up.
+    assert dist.is_initialized()
+    found = losses_and_gradients(load_file(out / "inputs.safetensors"))
+    found["ranks"] = gather(torch.tensor([rank()]))
+    model, processor = CLIPModel.from_pretrained(model_folder), CLIPProcessor.from_pretrained(model_folder)
+    features = extract_features(
+        model, dataset, processor, cache_dir=out / "features", batch_size=2, chunk_size=3, fingerprint="x"
+    )
+    found |= {"image": features.image_ND, "text": features.text_ND}
+    save_file(found, out / f"rank{rank()}.safetensors")
+    barrier()
+    assert is_main() == (rank() == 0)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
