@@ -151,9 +151,12 @@ class LlavaConfig:
                 f"deepspeed must be zero2, zero3, none or an existing JSON file, but got {self.deepspeed!r}"
             )
 
-    def stages(self) -> list[tuple[str, StageConfig]]:
-        """The enabled stages in order."""
-        return [(name, stage) for name, stage in self._all_stages() if stage.enabled]
 
-    def _all_stages(self) -> list[tuple[str, StageConfig]]:
-        return [("pretrain", self.pretrain), ("finetune", self.finetune)]
+def enabled_stages(config: LlavaConfig) -> list[tuple[str, StageConfig]]:
+    """The stages that a recipe runs, in order.
+
+    A function, since the command line would offer a method of the dataclass as a subcommand.
+    """
+    return [
+        (name, stage) for name, stage in (("pretrain", config.pretrain), ("finetune", config.finetune)) if stage.enabled
+    ]

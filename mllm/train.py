@@ -16,7 +16,7 @@ import vision_moe.model  # noqa: F401  (registers CLIP-MoE with the Auto classes
 from mllm.assemble import assemble
 from mllm.deepspeed_setup import init_deepspeed
 from mllm.language_model import resolve_language_model
-from mllm.recipe import LlavaConfig, StageConfig
+from mllm.recipe import LlavaConfig, StageConfig, enabled_stages
 from mllm.stages import StageRunner, is_finished
 from vision_moe.assets import resolve_model
 from vision_moe.config import parse, to_dict, write_yaml
@@ -50,7 +50,7 @@ def run(config: LlavaConfig) -> Path:
         init_deepspeed()
     _claim_output(config)
     config = _with_data(config)
-    stages = config.stages()
+    stages = enabled_stages(config)
     folders = [config.output / name / "model" for name, _ in stages[:-1]] + [config.output / "model"]
     start = config.output / "start"
     if not is_finished(config.output / stages[0][0]):
@@ -84,7 +84,7 @@ def _build_start(config: LlavaConfig, start: Path) -> None:
 def _with_data(config: LlavaConfig) -> LlavaConfig:
     """Fills in Scenes where a stage names no data, and checks that what is named exists."""
     scenes = config.output / "scenes"
-    wants_scenes = [name for name, stage in config.stages() if stage.data is None]
+    wants_scenes = [name for name, stage in enabled_stages(config) if stage.data is None]
     if wants_scenes and not config.scenes:
         raise ValueError(
             f"stage {' and '.join(wants_scenes)} names no data; give --{wants_scenes[0]}.data FILE.json "

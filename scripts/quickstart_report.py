@@ -70,10 +70,14 @@ def _pope(answers: dict[str, Any], blank: dict[str, Any]) -> str:
         scores = found["results"]["pope_scenes"]["yes_no"]
         accuracy = scores["accuracy"]
         low, high = accuracy["interval"]
-        lines.append(
-            f"| {name} | {100 * accuracy['value']:.1f} ({100 * low:.1f} to {100 * high:.1f}) | {100 * scores['f1']:.1f} "
-            f"| {scores['yes_ratio']:.2f} | {accuracy['n']} |"
+        cells = (
+            name,
+            f"{100 * accuracy['value']:.1f} ({100 * low:.1f} to {100 * high:.1f})",
+            f"{100 * scores['f1']:.1f}",
+            f"{scores['yes_ratio']:.2f}",
+            str(accuracy["n"]),
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

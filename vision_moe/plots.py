@@ -111,7 +111,7 @@ def plot_factors(
         panel.hlines(marks, positions - 0.44, positions + 0.44, color="#222222", linewidth=1.6, label="chance")
     panel.set(xticks=positions, xticklabels=factors, ylabel="accuracy, %", ylim=(0, 100))
     _plain(panel)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     _save(figure, output)
 
 

@@ -30,7 +30,7 @@ class CaptionDataset(Dataset[CaptionSample]):
 
     Args:
         source: where pictures and JSON lie.
-        caption_field: key of the captions in the JSON: one string, or a list of them.
+        caption_field: key of the captions in the JSON, one string or a list of them; "a+b" pools two fields.
         seed: decides which caption is drawn.
         unreadable: position in the source and reason of each picture to leave out.
 
@@ -124,7 +124,7 @@ def open_captions(
             ShareGPT4V's form ({"image", "conversations"}: the second turn is the caption) or with {"image",
             "caption"} or {"image", "captions"}.
         split: which shards; a list has one split.
-        caption_field: key of the captions, a string or a list of strings.
+        caption_field: key of the captions, a string or a list of strings; "a+b" pools two fields.
         image_dir: folder of a list's pictures; the list's own folder if None.
         seed: decides which of several captions is drawn in which epoch.
         max_unreadable_share: more pictures without a readable image or caption than this share are an error.
@@ -137,8 +137,20 @@ def open_captions(
     source = open_source(Path(path), split, None if image_dir is None else Path(image_dir))
     if len(source) == 0:
         raise ValueError(f"no picture is listed in {path}")
-    # A wrong caption_field must not wait for the decoding of a million pictures.
-    captions_of(source.metadata(0), caption_field, source.name(0))
+    _check_field(source, caption_field)
     unreadable = find_unreadable(source, caption_field, check_cache=check_cache)
     check_share(source, unreadable, max_unreadable_share, check_cache)
     return CaptionDataset(source, caption_field=caption_field, seed=seed, unreadable=unreadable)
+
+
+def _check_field(source: Source, caption_field: str) -> None:
+    """Refuses a wrong field before a million pictures are decoded: one of the first few must have captions there."""
+    errors = []
+    for position in range(min(len(source), 8)):
+        try:
+            captions_of(source.metadata(position), caption_field, source.name(position))
+        except ValueError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]

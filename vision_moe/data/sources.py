@@ -144,17 +144,22 @@ def open_source(path: Path, split: str, image_dir: Path | None) -> Source:
     return ListSource(path, path.parent if image_dir is None else image_dir)
 
 
-def captions_of(metadata: dict[str, Any], field: str, name: str) -> list[str]:
+def captions_of(metadata: dict[str, Any], fields: str, name: str) -> list[str]:
     """Captions of one picture, each on one line.
 
     Args:
         metadata: the picture's JSON.
-        field: key of the captions; "captions" also finds a "caption", and the second turn of ShareGPT4V's form.
+        fields: key of the captions, or several joined by "+", whose captions are pooled; "captions" also finds a
+            "caption", and the second turn of ShareGPT4V's form.
         name: what to call the picture in messages.
 
     Raises:
-        ValueError: there are none, or they are not text.
+        ValueError: a field has none, or they are not text.
     """
+    return [line for field in fields.split("+") for line in _field(metadata, field, name)]
+
+
+def _field(metadata: dict[str, Any], field: str, name: str) -> list[str]:
     found = metadata.get(field)
     if found is None and field == "captions":
         found = metadata.get("caption", _described(metadata))

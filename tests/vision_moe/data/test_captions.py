@@ -54,9 +54,15 @@ def test_metadata_and_a_string_field_are_at_hand(shards):
     assert dataset.metadata(4)["captions"][0] == "one 4"
 
 
+def test_captions_of_joined_fields_are_pooled(shards):
+    assert open_captions(shards, caption_field="captions+long").captions(0) == ["one 0", "two 0", "three 0", "all of 0"]
+    with pytest.raises(ValueError, match="'short'"):
+        open_captions(shards, caption_field="captions+short")
+
+
 def test_caption_depends_on_seed_epoch_and_picture_only(shards):
-    draws = [[open_captions(shards, seed=0).caption(i, epoch) for i in range(5)] for epoch in range(20)]
-    again = open_captions(shards, seed=0)
+    first, again = (open_captions(shards, seed=0) for _ in range(2))
+    draws = [[first.caption(i, epoch) for i in range(5)] for epoch in range(20)]
     assert [[again[(i, epoch)]["caption"] for i in range(5)] for epoch in range(20)] == draws
     assert again[2]["caption"] == again[(2, 0)]["caption"]
     assert {captions[0] for captions in draws} == {"one 0", "two 0", "three 0"}
@@ -122,12 +128,12 @@ def test_missing_and_cut_pictures_of_a_list_are_unreadable(pictures):
 
 def test_pictures_without_a_caption_are_skipped_like_unreadable_ones(tmp_path, write_shard):
     samples = {f"k{i}": {"captions": [f"number {i}"]} for i in range(4)}
-    samples["k1"] = {"captions": ["fine", " \n"]}
+    samples["k0"] = {"captions": ["fine", " \n"]}
     samples["k2"] = {"captions": []}
     write_shard(tmp_path / "train-0000.tar", samples)
     dataset = open_captions(tmp_path, max_unreadable_share=0.5)
-    assert [dataset.caption(i) for i in range(len(dataset))] == ["number 0", "number 3"]
-    assert "empty caption" in dataset.unreadable["train-0000.tar/k1"]
+    assert [dataset.caption(i) for i in range(len(dataset))] == ["number 1", "number 3"]
+    assert "empty caption" in dataset.unreadable["train-0000.tar/k0"]
     with pytest.raises(ValueError, match="2 of 4 pictures"):
         open_captions(tmp_path)
 
