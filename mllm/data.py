@@ -83,8 +83,13 @@ class LlavaDataset(Dataset[Sample]):
 
     @property
     def lengths(self) -> list[int]:
-        """Words of each sample, negative where it brings no picture: LLaVA's lengths for grouping by modality."""
-        return [_signed_length(sample) for sample in self.samples]
+        """Words of each sample, for grouping by length; image tokens are as many wherever there is a picture."""
+        return [max(1, sum(len(turn["value"].split()) for turn in sample["conversations"])) for sample in self.samples]
+
+    @property
+    def has_image(self) -> list[bool]:
+        """Whether each sample brings a picture, for grouping by modality."""
+        return [bool(_image_names(sample)) for sample in self.samples]
 
     def _build(self, sample: Mapping[str, Any]) -> Sample:
         names = _image_names(sample)
@@ -152,12 +157,6 @@ def _json_lines(text: str) -> list[Any]:
 def _image_names(sample: Mapping[str, Any]) -> list[str]:
     image = sample.get("image") or []
     return [image] if isinstance(image, str) else list(image)
-
-
-def _signed_length(sample: Mapping[str, Any]) -> int:
-    # Picture tokens are as many in every sample that has one, so they do not matter for the order.
-    words = max(1, sum(len(turn["value"].split()) for turn in sample["conversations"]))
-    return words if _image_names(sample) else -words
 
 
 def _image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import auto_cli
+from jsonargparse import auto_cli, set_parsing_settings
 
 Config = TypeVar("Config")
 
@@ -41,6 +41,8 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, *, smoke: Path |
         if not recipe.is_file():
             raise FileNotFoundError(f"no recipe {recipe}{_nearest(recipe)}")
         flags += ["--config", str(recipe)]
+    # The strings below the fields of a dataclass are the help of its flags.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     built: Config = auto_cli(cls, args=flags + rest, as_positional=False)
     return built
 

@@ -9,7 +9,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 from vision_moe.moe.experts import Experts
 from vision_moe.moe.router import Router
 
-PARTS = ("all", "ffn", "router", "projections")
+PARTS = ("all", "text", "ffn", "router", "projections")
 
 
 def set_trainable(model: nn.Module, part: str) -> dict[str, int]:
@@ -17,8 +17,9 @@ def set_trainable(model: nn.Module, part: str) -> dict[str, int]:
 
     Args:
         model: a dense CLIP or a CLIP-MoE, or a model that holds one.
-        part: "all"; "ffn": every MLP and expert of both towers, and nothing else (a stage of MCL); "router": the
-            routers (the last stage of CLIP-MoE); "projections": the two linear maps into the common space.
+        part: "all"; "text": all but the image tower (locked-image tuning, LiT); "ffn": every MLP and expert of both
+            towers, and nothing else (a stage of MCL); "router": the routers (the last stage of CLIP-MoE);
+            "projections": the two linear maps into the common space.
 
     Returns:
         numbers of parameters under "trainable" and "frozen".
@@ -29,6 +30,8 @@ def set_trainable(model: nn.Module, part: str) -> dict[str, int]:
     if part not in PARTS:
         raise ValueError(f"unknown part {part!r}; choose one of: {', '.join(PARTS)}")
     chosen = {id(parameter) for module in _modules(model, part) for parameter in module.parameters()}
+    if part == "text":
+        chosen = {id(parameter) for parameter in model.parameters()} - chosen
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no parameters in part {part!r}")
     counts = {"trainable": 0, "frozen": 0}
@@ -39,7 +42,7 @@ def set_trainable(model: nn.Module, part: str) -> dict[str, int]:
 
 
 def _modules(model: nn.Module, part: str) -> Iterator[nn.Module]:
-    """The modules whose parameters make up the part."""
+    """The modules whose parameters make up the part; for "text", those that it leaves out."""
     if part == "all":
         yield model
         return
@@ -48,6 +51,8 @@ def _modules(model: nn.Module, part: str) -> Iterator[nn.Module]:
             part == "router" and isinstance(module, Router)
         ):
             yield module
+        elif part == "text" and isinstance(module, CLIPModel):
+            yield module.vision_model
         elif part == "projections" and isinstance(module, CLIPModel):
             yield module.visual_projection
             yield module.text_projection

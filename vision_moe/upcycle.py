@@ -208,12 +208,19 @@ def _resolve_layers(layers: Layers, depth: int) -> list[int]:
 
 
 def _check_source(source: CLIPModel, base: CLIPModel) -> None:
-    if not isinstance(source, CLIPModel) or isinstance(source, CLIPMoEModel):
-        raise ValueError(f"upcycling starts from a dense transformers.CLIPModel, but got {type(source).__name__}")
+    if not isinstance(source, CLIPModel) or _has_experts(source):
+        raise ValueError(
+            f"upcycling starts from a dense CLIPModel or CLIPMoEModel without experts, but got {type(source).__name__}"
+        )
     mine, theirs = ({k: v.shape for k, v in model.state_dict().items()} for model in (source, base))
     different = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
     if different:
         raise ValueError(f"a donor's weights differ in shape from the base's, first at {different[0]}")
+
+
+def _has_experts(model: CLIPModel) -> bool:
+    towers = (model.config.vision_config, model.config.text_config)
+    return isinstance(model, CLIPMoEModel) and any(tower.moe_block_indices for tower in towers)
 
 
 def _warn_of_unused_weights(base: CLIPModel, donor: CLIPModel, number: int, moe: CLIPMoEModel) -> None:

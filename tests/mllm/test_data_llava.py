@@ -63,8 +63,10 @@ def test_json_lines_hold_the_same_samples_as_a_list(open_data: Any) -> None:
     assert open_data(SAMPLE, odd, name="data.jsonl")[1] == open_data(SAMPLE, odd)[1]
 
 
-def test_lengths_count_words_and_tell_the_modality(open_data: Any) -> None:
-    assert open_data(SAMPLE, TEXT_SAMPLE).lengths == [6, -9]
+def test_lengths_and_modality_are_known_without_reading_a_picture(open_data: Any) -> None:
+    data = open_data({**SAMPLE, "image": "absent.png"}, TEXT_SAMPLE)
+    assert data.lengths == [6, 9]
+    assert data.has_image == [True, False]
 
 
 def test_long_text_is_cut_at_its_end(open_data: Any) -> None:

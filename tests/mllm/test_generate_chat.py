@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from mllm.assemble import assemble
 from mllm.collate import LlavaCollator
@@ -207,3 +207,31 @@ def test_what_cannot_be_asked_is_a_clear_error(
 def test_an_unknown_quantization_is_an_error(make_chat: Any) -> None:
     with pytest.raises(ValueError, match="choose one of: 4bit, 8bit"):
         make_chat(quantization="2bit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantization", "layer"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
+def test_quantisation_reaches_the_language_model_alone(
+    make_tower: Any, tiny_tokenizer: Any, picture: Image.Image, tmp_path: Path, quantization: Any, layer: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    # bitsandbytes packs blocks of 64 weights, so this model is a little wider.
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    folder = assemble(make_tower("moe"), LlamaForCausalLM(config), tiny_tokenizer, tmp_path / "model")
+    chat = load(folder, dtype="bfloat16", device="cpu", quantization=quantization)
+    parts = chat.model.model
+    assert type(parts.language_model.layers[0].self_attn.q_proj).__name__ == layer
+    spared = (
+        parts.vision_tower.encoder.layers[0].self_attn.q_proj,
+        parts.multi_modal_projector.linear_1,
+        chat.model.lm_head,
+    )
+    assert [type(module) for module in spared] == [torch.nn.Linear] * 3
+    assert isinstance(chat.generate(ASK, [picture], max_new_tokens=3), str)

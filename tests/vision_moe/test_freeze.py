@@ -53,5 +53,14 @@ def test_router_and_projections(make_dense_clip):
 def test_a_missing_or_unknown_part_is_refused(make_dense_clip):
     with pytest.raises(ValueError, match="CLIPModel has no parameters in part 'router'"):
         set_trainable(make_dense_clip(0), "router")
-    with pytest.raises(ValueError, match="unknown part 'mlp'; choose one of: all, ffn, router, projections"):
+    with pytest.raises(ValueError, match="unknown part 'mlp'; choose one of: all, text, ffn, router, projections"):
         set_trainable(make_dense_clip(0), "mlp")
+
+
+def test_text_is_everything_but_the_image_tower(make_dense_clip):
+    model = make_dense_clip(0)
+    counts = set_trainable(model, "text")
+    assert not any(parameter.requires_grad for parameter in model.vision_model.parameters())
+    frozen = sum(parameter.numel() for parameter in model.vision_model.parameters())
+    assert counts == {"trainable": sum(p.numel() for p in model.parameters()) - frozen, "frozen": frozen}
+    assert model.logit_scale.requires_grad

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from vision_moe.model import CLIPMoEConfig, CLIPMoEModel
 from vision_moe.moe.experts import Experts
 from vision_moe.upcycle import expert_as_dense, merge_donors, upcycle
 
@@ -168,3 +169,17 @@ def test_a_mixture_or_a_donor_of_another_shape_is_refused(make_dense_clip):
         merge_donors(base, [])
     with pytest.raises(ValueError, match=r"expert must be in \[0, 4\), but got 4"):
         expert_as_dense(upcycle(base), 4)
+
+
+def test_a_clip_moe_without_experts_is_a_dense_start(clip_sizes, clip_batch):
+    torch.manual_seed(0)
+    vision = {**clip_sizes["vision_config"], "moe_layers": [], "pre_layernorm": False}
+    config = CLIPMoEConfig(
+        **{**clip_sizes, "vision_config": vision, "text_config": {**clip_sizes["text_config"], "moe_layers": []}}
+    )
+    dense = CLIPMoEModel(config).eval()
+    moe = upcycle(dense)
+    assert moe.config.vision_config.moe_block_indices
+    assert not moe.config.vision_config.pre_layernorm
+    with torch.no_grad():
+        torch.testing.assert_close(moe(**clip_batch).logits_per_image, dense(**clip_batch).logits_per_image)

@@ -188,17 +188,17 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel, CLIPModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> CLIPMoEOutput:
-        """Encodes both sides and compares them.
+        """Encodes both sides and compares them; see the towers for the inputs' shapes.
 
         Args:
-            input_ids: int64[B, S].
-            pixel_values: float[B, 3, H, W].
-            attention_mask: [B, S], 0 at padding.
-            position_ids: int64[B, S] or [1, S].
+            input_ids: captions.
+            pixel_values: images.
+            attention_mask: 0 at padding.
+            position_ids: positions of the captions' tokens.
             return_loss: return the contrastive loss of this batch plus the aux loss.
             interpolate_pos_encoding: accept image sizes other than the config's.
-            output_router_logits: return the router logits and the aux loss; None = as the towers' configs say.
-            **kwargs: output_hidden_states, output_attentions, return_dict; passed to both towers.
+            output_router_logits: return router logits and aux loss; None = as the towers' configs say.
+            **kwargs: as for the towers.
         """
         if output_router_logits is not None:
             kwargs["output_router_logits"] = output_router_logits
@@ -216,8 +216,8 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel, CLIPModel):
         aux_loss = self._mean_aux_loss(*(tower.aux_loss for tower in towers))
         if output.loss is not None and aux_loss is not None:
             output.loss = output.loss + aux_loss
-        router_logits = tuple(logits for tower in towers for logits in tower.router_logits or ())
-        return CLIPMoEOutput(**output, router_logits=router_logits or None, aux_loss=aux_loss)
+        router_logits = tuple(logits for tower in towers for logits in tower.router_logits or ()) or None
+        return CLIPMoEOutput(**output, router_logits=router_logits, aux_loss=aux_loss)
 
     def _mean_aux_loss(self, vision_loss: Tensor | None, text_loss: Tensor | None) -> Tensor | None:
         """Mean over the blocks of both towers, from the means over each tower's."""

@@ -164,9 +164,6 @@ def aux_loss(
         top_k: K.
         noise_std: sigma of the noise, as added to the logits.
         weights: the coefficients.
-
-    Returns:
-        float32 scalar, coefficients applied.
     """
     logits_TE = _valid(router_logits_TE, mask_T).float()
     noisy_TE = None if noisy_logits_TE is None else _valid(noisy_logits_TE, mask_T).float()
@@ -185,8 +182,8 @@ def aux_loss(
     if weights.local_entropy:
         terms.append(weights.local_entropy * local_entropy_loss(logits_TE))
     if weights.global_entropy:
-        min_experts = weights.global_entropy_min_experts
-        terms.append(weights.global_entropy * global_entropy_loss(gates_TE, min_experts=min_experts))
+        entropy = global_entropy_loss(gates_TE, min_experts=weights.global_entropy_min_experts)
+        terms.append(weights.global_entropy * entropy)
     return torch.stack(terms).sum()
 
 
