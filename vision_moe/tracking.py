@@ -39,7 +39,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def environment() -> dict[str, Any]:
     """Commit, package versions and hardware of this process."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -10,6 +10,7 @@ D model dim.
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,20 +74,19 @@ def to_clip_vision(dinov2: Dinov2Model, image_size: int, num_layers: int | None 
     depth = config.num_hidden_layers if num_layers is None else num_layers
     if not 1 <= depth <= config.num_hidden_layers:
         raise ValueError(f"num_layers must be in [1, {config.num_hidden_layers}], but got {num_layers}")
-    clip = CLIPMoEVisionModel(
-        CLIPMoEVisionConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=int(config.hidden_size * config.mlp_ratio),
-            num_hidden_layers=depth,
-            num_attention_heads=config.num_attention_heads,
-            image_size=image_size,
-            patch_size=config.patch_size,
-            hidden_act=config.hidden_act,
-            layer_norm_eps=config.layer_norm_eps,
-            moe_layers=[],
-            pre_layernorm=False,
-        )
-    )
+    fields: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": int(config.hidden_size * config.mlp_ratio),
+        "num_hidden_layers": depth,
+        "num_attention_heads": config.num_attention_heads,
+        "image_size": image_size,
+        "patch_size": config.patch_size,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "moe_layers": [],
+        "pre_layernorm": False,
+    }
+    clip = CLIPMoEVisionModel(CLIPMoEVisionConfig(**fields))
     state = dinov2.state_dict()
     renamed = {**_embeddings(dinov2, image_size), **_blocks(state, depth)}
     for kind in ("weight", "bias"):

@@ -26,9 +26,9 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     tower = CLIPMoEVisionConfig(**sizes, image_size=32, patch_size=16, num_experts=4, num_experts_per_tok=2)
     CLIPMoEVisionModel(tower).save_pretrained(folder / "tower")
-    CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    ).save_pretrained(folder / "tower")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder / "tower"
+    )
     tokenizer = train_tokenizer([f"Is it {colour}? Yes No a picture" for colour in _COLOURS], vocab_size=300)
     llama = LlamaConfig(
         **sizes,
@@ -60,23 +60,19 @@ def dialogues(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def make_config(
-    tiny_parts: dict[str, str], dialogues: dict[str, Path]
-) -> Callable[..., LlavaConfig]:
+def make_config(tiny_parts: dict[str, str], dialogues: dict[str, Path]) -> Callable[..., LlavaConfig]:
     """Makes the recipe of a run of 3 + 3 steps of 4 dialogues, in float32 without DeepSpeed unless told otherwise."""
 
     def make(output: Path, finetune: dict[str, Any] | None = None, **fields: Any) -> LlavaConfig:
         stage = StageConfig(
             data=dialogues["pretrain"], samples=12, global_batch_size=4, per_device_batch_size=2, projector_lr=1e-2
         )
-        tuning = replace(
-            stage, data=dialogues["finetune"], llm="full", llm_lr=1e-3, lora=LoraSettings(r=2, alpha=4), **(finetune or {})
-        )
+        tuning = {"data": dialogues["finetune"], "llm": "full", "llm_lr": 1e-3, "lora": LoraSettings(r=2, alpha=4)}
         settings: dict[str, Any] = {
             **tiny_parts,
             "image_folder": dialogues["images"],
             "pretrain": replace(stage, template="plain"),
-            "finetune": tuning,
+            "finetune": replace(stage, **{**tuning, **(finetune or {})}),
             "deepspeed": "none",
             "bf16": False,
             "save_steps": 1,

@@ -1,0 +1,116 @@
+"""Photos with captions as LLaVA data: `python -m mllm.captions_to_conversations --data SHARDS --out DIR`.
+
+Writes `images/{split}/KEY.jpg` (the bytes of the shards), `llava_pretrain.json` and `llava_finetune.json`. Each photo
+comes once in each list, with another of its captions where it has more than one.
+"""
+
+import logging
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vision_moe.checkpoint import write_folder
+from vision_moe.config import parse
+from vision_moe.data.readable import decode
+from vision_moe.data.sources import Source, captions_of, open_source
+from vision_moe.tracking import setup_logging, write_json
+
+logger = logging.getLogger(__name__)
+
+_PRETRAIN_QUESTION = "Describe this photo."
+_FINETUNE_QUESTIONS = (
+    "Describe this photo in one sentence.",
+    "What is shown in this photo? Answer in one sentence.",
+    "Write a short caption for this photo.",
+    "In one sentence, what is going on here?",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionConfig:
+    """Turns photos with captions into LLaVA conversations."""
+
+    data: Path
+    """Folder of WebDataset shards `{split}-*.tar`, or a .json/.jsonl list of captions."""
+    out: Path
+    """Folder to write; what was there is replaced."""
+    split: str = "train"
+    """Shards `{split}-*.tar` are read."""
+    caption_field: str = "captions"
+    """Field of a photo's JSON: a list of captions or one string."""
+    image_dir: Path | None = None
+    """Folder that the picture names of a list are relative to."""
+    limit: int | None = None
+    """Photos to take; all if None."""
+    seed: int = 0
+    """Decides captions and questions."""
+
+
+def main() -> None:
+    """Entry point."""
+    setup_logging()
+    config = parse(ConversionConfig)
+    count = convert(config)
+    sys.stdout.write(f"{count} photos; LLaVA data in {config.out}, pictures relative to {config.out / 'images'}\n")
+
+
+def convert(config: ConversionConfig) -> int:
+    """Writes the folder; returns the number of photos.
+
+    Raises:
+        ValueError: no photo can be read.
+    """
+    source = open_source(config.data, config.split, config.image_dir)
+    count = 0
+
+    def write(folder: Path) -> None:
+        nonlocal count
+        names = _write_images(source, config, folder / "images")
+        if not names:
+            raise ValueError(f"no readable photo in {config.data}")
+        count = len(names)
+        pretrain, finetune = [], []
+        for position, name in names.items():
+            captions = captions_of(source.metadata(position), config.caption_field, source.name(position))
+            rng = random.Random(f"{config.seed}-{position}")
+            first, second = rng.sample(captions, 2) if len(captions) > 1 else captions * 2
+            pretrain.append(_sample(name, _PRETRAIN_QUESTION, first))
+            finetune.append(_sample(name, rng.choice(_FINETUNE_QUESTIONS), second))
+        write_json(folder / "llava_pretrain.json", pretrain)
+        write_json(folder / "llava_finetune.json", finetune)
+
+    write_folder(config.out, write)
+    return count
+
+
+def _write_images(source: Source, config: ConversionConfig, folder: Path) -> dict[int, str]:
+    """Copies the readable pictures; returns their names below `folder` by position."""
+    names: dict[int, str] = {}
+    number = len(source) if config.limit is None else min(config.limit, len(source))
+    for position in tqdm(range(number), unit=" photos", disable=not sys.stderr.isatty()):
+        try:
+            encoded = source.picture(position)
+            decode(encoded)
+        except (OSError, ValueError) as error:
+            logger.warning("left out %s: %s", source.name(position), error)
+            continue
+        name = f"{config.split}/{Path(source.name(position)).stem}.jpg"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded)
+        names[position] = name
+    if len(names) < number:
+        logger.warning("%d of %d photos could not be read and were left out", number - len(names), number)
+    return names
+
+
+def _sample(image: str, question: str, answer: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": Path(image).stem, "image": image, "conversations": turns}
+
+
+if __name__ == "__main__":
+    main()
