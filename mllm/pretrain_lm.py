@@ -13,11 +13,13 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
     GenerationConfig,
@@ -29,7 +31,8 @@ from transformers import (
     set_seed,
 )
 
-from mllm.conversation import IMAGE_TOKEN, encode
+from mllm.collate import LlavaCollator
+from mllm.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode
 from mllm.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from vision_moe.checkpoint import last_checkpoint, write_folder
 from vision_moe.config import parse, write_yaml
@@ -40,6 +43,8 @@ logger = logging.getLogger(__name__)
 _FILES = ("llava_pretrain.json", "llava_finetune.json")
 # More would not change which merges are frequent.
 _TOKENIZER_DIALOGUES = 5000
+_EVAL_BATCH = 32
+_KEYS = ("input_ids", "labels")
 Sample = dict[str, Any]
 
 
@@ -94,20 +99,28 @@ class PretrainLMConfig:
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):
-    """Rows of equal length cut from a stream of token ids; every token is supervised."""
+    """Rows of equal length cut from a stream of token ids and labels.
 
-    def __init__(self, tokens: list[int], row_length: int) -> None:
-        num_rows = len(tokens) // row_length
+    Args:
+        stream: (token id, label) pairs; a label of -100 is not supervised.
+        row_length: tokens per row; an incomplete last row is dropped.
+
+    Raises:
+        ValueError: the stream does not fill one row.
+    """
+
+    def __init__(self, stream: list[tuple[int, int]], row_length: int) -> None:
+        num_rows = len(stream) // row_length
         if num_rows == 0:
-            raise ValueError(f"{len(tokens)} tokens do not fill one row of {row_length}; use more data or shorter rows")
-        self.rows_RS = torch.tensor(tokens[: num_rows * row_length], dtype=torch.int32).view(num_rows, row_length)
+            raise ValueError(f"{len(stream)} tokens do not fill one row of {row_length}; use more data or shorter rows")
+        pairs = torch.tensor(stream[: num_rows * row_length], dtype=torch.int32)
+        self.input_ids_RS, self.labels_RS = pairs.view(num_rows, row_length, 2).unbind(dim=2)
 
     def __len__(self) -> int:
-        return len(self.rows_RS)
+        return len(self.input_ids_RS)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row_S = self.rows_RS[index].long()
-        return {"input_ids": row_S, "labels": row_S}
+        return {"input_ids": self.input_ids_RS[index].long(), "labels": self.labels_RS[index].long()}
 
 
 def main() -> None:
@@ -126,14 +139,10 @@ def run(config: PretrainLMConfig) -> dict[str, float]:
     captions = longest_captions(samples)
     train, held_out = split(samples, config.num_held_out, config.seed)
     tokenizer = train_tokenizer(_texts(train, config.seed), config.vocab_size)
-    rows = PackedRows(_training_tokens(train, captions, tokenizer, config), config.row_length)
+    rows = PackedRows(_training_stream(train, captions, tokenizer, config), config.row_length)
     trainer = _trainer(config, build_llama(config, tokenizer), rows)
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output / "checkpoints"))
-    scores = {
-        f"held_out_perplexity_{name}": _perplexity(trainer, held_out, captions, tokenizer, share, config.row_length)
-        for name, share in (("with_caption", 1.0), ("without_caption", 0.0))
-    }
-    scores["held_out_pictures"] = config.num_held_out
+    scores = held_out_scores(trainer.model, tokenizer, held_out, captions)
     write_folder(config.output / "model", lambda folder: save(trainer.model, tokenizer, config.dtype, folder))
     write_json(config.output / "scores.json", scores)
     logger.info("%s; the model is in %s", scores, config.output / "model")
@@ -166,17 +175,46 @@ def split(samples: list[Sample], num_held_out: int, seed: int) -> tuple[list[Sam
 
 def render(
     samples: list[Sample], captions: dict[str, str], tokenizer: PreTrainedTokenizerBase, share: float, seed: int
-) -> Iterator[int]:
-    """Token ids of all dialogues in random order; `share` of the pictures are given by their captions."""
+) -> Iterator[tuple[int, int]]:
+    """Token ids and labels of all dialogues in random order; `share` of the pictures are given by their captions."""
     rng = random.Random(seed)
     for sample in rng.sample(samples, len(samples)):
-        caption = captions.get(sample.get("image", "")) if rng.random() < share else None
-        first, *rest = sample["conversations"]
-        # A picture stands at the head of its turn (LLaVA moves it there), so its caption does too.
-        question = first["value"].replace(IMAGE_TOKEN, "").strip()
-        text = question if caption is None else f"{caption}\n{question}"
-        input_ids, _ = encode([{**first, "value": text}, *rest], tokenizer, template="v1")
-        yield from input_ids
+        input_ids, labels = _encode(sample, captions if rng.random() < share else {}, tokenizer)
+        yield from zip(input_ids, labels, strict=True)
+
+
+@torch.inference_mode()
+def held_out_scores(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], captions: dict[str, str]
+) -> dict[str, float]:
+    """Perplexity per answer token of dialogues, with their pictures given in words and with no pictures at all."""
+    model.eval()
+    collate = LlavaCollator(tokenizer.pad_token_id)
+    scores: dict[str, float] = {"num_dialogues": len(samples)}
+    for name, shown in (("with_caption", captions), ("without_caption", {})):
+        total, num_tokens = 0.0, 0
+        encoded = [dict(zip(_KEYS, _encode(sample, shown, tokenizer), strict=True)) for sample in samples]
+        for start in range(0, len(encoded), _EVAL_BATCH):
+            batch = collate(encoded[start : start + _EVAL_BATCH])
+            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+            targets_BS = batch.pop("labels")[:, 1:]
+            logits_BSV = model(**batch).logits[:, :-1].float()
+            total += float(cross_entropy(logits_BSV.transpose(1, 2), targets_BS, reduction="sum"))
+            num_tokens += int((targets_BS != IGNORE_INDEX).sum())
+        scores[f"answer_perplexity_{name}"] = math.exp(total / num_tokens)
+    return scores
+
+
+def _encode(
+    sample: Sample, captions: dict[str, str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a dialogue with its picture replaced by its caption, or left out if there is none."""
+    first, *rest = sample["conversations"]
+    caption = captions.get(sample.get("image", ""))
+    # A picture stands at the head of its turn (LLaVA moves it there), so its caption does too.
+    question = first["value"].replace(IMAGE_TOKEN, "").strip()
+    text = question if caption is None else f"{caption}\n{question}"
+    return encode([{**first, "value": text}, *rest], tokenizer, template="v1")
 
 
 def _texts(samples: list[Sample], seed: int) -> Iterator[str]:
@@ -184,12 +222,16 @@ def _texts(samples: list[Sample], seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     plain_bytes = train_tokenizer([], SMALLEST_VOCABULARY)
     for sample in rng.sample(samples, min(_TOKENIZER_DIALOGUES, len(samples))):
-        text = plain_bytes.decode(list(render([sample], {}, plain_bytes, 0.0, seed)))
+        text = plain_bytes.decode(_encode(sample, {}, plain_bytes)[0])
         yield from re.split("|".join(map(re.escape, plain_bytes.all_special_tokens)), text)
 
 
 def build_llama(config: PretrainLMConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A randomly initialised Llama with tied embeddings."""
+    """A randomly initialised Llama with tied embeddings.
+
+    The standard deviation grows as the width shrinks: at the usual 0.02 a narrow model attends almost uniformly, and
+    takes very long to find what it could read off its context.
+    """
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -198,6 +240,7 @@ def build_llama(config: PretrainLMConfig, tokenizer: PreTrainedTokenizerBase) ->
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             max_position_embeddings=config.max_position_embeddings,
+            initializer_range=config.hidden_size**-0.5,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -215,30 +258,18 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str
     tokenizer.save_pretrained(folder)
 
 
-def _training_tokens(
+def _training_stream(
     samples: list[Sample], captions: dict[str, str], tokenizer: PreTrainedTokenizerBase, config: PretrainLMConfig
-) -> list[int]:
+) -> list[tuple[int, int]]:
     """Passes over the data, each in a new order with new draws, until there are enough tokens."""
-    tokens: list[int] = []
+    stream: list[tuple[int, int]] = []
     epoch = 0
-    while len(tokens) < config.num_tokens:
-        tokens += render(samples, captions, tokenizer, config.caption_share, config.seed + epoch)
+    while len(stream) < config.num_tokens:
+        missing = config.num_tokens - len(stream)
+        stream += islice(render(samples, captions, tokenizer, config.caption_share, config.seed + epoch), missing)
         epoch += 1
-    logger.info("%d dialogues, %d passes, %d tokens", len(samples), epoch, config.num_tokens)
-    return tokens[: config.num_tokens]
-
-
-def _perplexity(
-    trainer: Trainer,
-    samples: list[Sample],
-    captions: dict[str, str],
-    tokenizer: PreTrainedTokenizerBase,
-    share: float,
-    row_length: int,
-) -> float:
-    tokens = list(render(samples, captions, tokenizer, share, seed=0))
-    metrics = trainer.evaluate(PackedRows(tokens, min(row_length, len(tokens))))
-    return math.exp(metrics["eval_loss"])
+    logger.info("%d dialogues, %d passes begun, %d tokens", len(samples), epoch, len(stream))
+    return stream
 
 
 def _trainer(config: PretrainLMConfig, model: LlamaForCausalLM, rows: PackedRows) -> Trainer:
@@ -248,7 +279,6 @@ def _trainer(config: PretrainLMConfig, model: LlamaForCausalLM, rows: PackedRows
         output_dir=str(config.output / "checkpoints"),
         num_train_epochs=1,
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         adam_beta2=0.95,
         weight_decay=config.weight_decay,

@@ -59,8 +59,7 @@ class StageRunner:
         num_steps = math.ceil(samples / stage.global_batch_size)
         # Before the model: under ZeRO-3 these arguments make from_pretrained split every weight over the ranks.
         args = self._arguments(stage, folder, num_steps)
-        model = LlavaMoEForConditionalGeneration.from_pretrained(start, dtype=self._load_dtype())
-        model.config.use_cache = False
+        model = self._load(start)
         trained = set_trainable(model, stage)
         trainer = self._trainer(name, stage, model, args, dataset, num_steps)
         self._log_plan(name, stage, num_steps, trained)
@@ -166,9 +165,15 @@ class StageRunner:
             deepspeed=deepspeed_config(self.config.deepspeed),
         )
 
-    def _load_dtype(self) -> torch.dtype:
-        """DeepSpeed computes in bfloat16 and keeps float32 masters; autocast without it wants float32 weights."""
-        return torch.bfloat16 if self.config.bf16 and self.config.deepspeed != "none" else torch.float32
+    def _load(self, start: Path) -> LlavaMoEForConditionalGeneration:
+        # DeepSpeed computes in bfloat16 and keeps float32 masters; autocast without it wants float32 weights.
+        dtype = torch.bfloat16 if self.config.bf16 and self.config.deepspeed != "none" else torch.float32
+        model, report = LlavaMoEForConditionalGeneration.from_pretrained(start, dtype=dtype, output_loading_info=True)
+        wrong = {name: sorted(keys) for name, keys in report.items() if keys}
+        if wrong:
+            raise ValueError(f"{start} does not hold this model: {wrong}")
+        model.config.use_cache = False
+        return model
 
     def _save(self, trainer: LlavaTrainer, stage: StageConfig, target: Path) -> None:
         # All ranks take part: ZeRO-3 gathers every weight.
@@ -178,11 +183,16 @@ class StageRunner:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if stage.llm == "lora":
             state = merge_lora(state, stage.lora)
+        # Gathered weights are copies, so save_pretrained would not see that the head is the embedding's.
+        for tied in model.all_tied_weights_keys:
+            state.pop(tied, None)
         model.config.image_aspect_ratio = stage.image_aspect_ratio or self.config.image_aspect_ratio
         model.config.use_cache = True
 
         def write(folder: Path) -> None:
-            model.save_pretrained(folder, state_dict=state)
+            # Under the model's own names: the "original" ones that save_pretrained would go back to depend on how the
+            # model was loaded, and what ZeRO-3 then writes cannot be read again.
+            model.save_pretrained(folder, state_dict=state, save_original_format=False)
             self.processor.save_pretrained(folder)
 
         write_folder(target, write)

@@ -16,13 +16,15 @@ import vision_moe.model  # noqa: F401  (registers CLIP-MoE with the Auto classes
 from mllm.assemble import assemble
 from mllm.deepspeed_setup import init_deepspeed
 from mllm.language_model import resolve_language_model
+from mllm.launcher import die_with_launcher
 from mllm.recipe import LlavaConfig, StageConfig, enabled_stages
 from mllm.stages import StageRunner, is_finished
 from vision_moe.assets import resolve_model
-from vision_moe.config import parse, to_dict, write_yaml
+from vision_moe.config import parse
 from vision_moe.data.scenes import ScenesArguments, generate
 from vision_moe.distributed import barrier, is_main
-from vision_moe.tracking import setup_logging, write_environment
+from vision_moe.run_folder import check_folder, claim_folder
+from vision_moe.tracking import setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ _FREE_FIELDS = ("logging_steps", "save_steps", "num_workers")
 
 def main() -> None:
     """Entry point."""
+    die_with_launcher()
     setup_logging()
     model = run(parse(LlavaConfig, smoke=_SMOKE))
     logger.info("the model is in %s", model)
@@ -45,10 +48,10 @@ def run(config: LlavaConfig) -> Path:
         ValueError: a stage names no data, or the output folder holds a run of another recipe.
         FileNotFoundError: data or pictures are not where the recipe says.
     """
-    _check_output(config)
+    check_folder(config, config.output, _FREE_FIELDS)
     if config.deepspeed != "none":
         init_deepspeed()
-    _claim_output(config)
+    claim_folder(config, config.output)
     config = _with_data(config)
     stages = enabled_stages(config)
     folders = [config.output / name / "model" for name, _ in stages[:-1]] + [config.output / "model"]
@@ -109,29 +112,6 @@ def _stage_with_data(stage: StageConfig, scenes: Path, name: str) -> StageConfig
     if not stage.data.is_file():
         raise FileNotFoundError(f"no data file {stage.data}")
     return stage
-
-
-def _check_output(config: LlavaConfig) -> None:
-    """Refuses a folder that holds another recipe's run, since its stages would be taken for ours."""
-    saved = config.output / "config.yaml"
-    if not saved.is_file():
-        return
-    before, now = to_dict(parse(LlavaConfig, [str(saved)])), to_dict(config)
-    differing = [name for name in now if before[name] != now[name] and name not in _FREE_FIELDS]
-    if differing:
-        raise ValueError(
-            f"{config.output} holds a run with other settings of {', '.join(differing)}; "
-            f"choose another --output, or delete that folder"
-        )
-
-
-def _claim_output(config: LlavaConfig) -> None:
-    # No rank may still be comparing the file with its recipe.
-    barrier()
-    if is_main():
-        write_yaml(config, config.output / "config.yaml")
-        write_environment(config.output)
-    barrier()
 
 
 def _first_existing(folders: list[Path]) -> Path:

@@ -29,6 +29,8 @@ class LlavaTrainer(Trainer):
         learning_rates: peak learning rate by part ("projector", "llm", "tower").
     """
 
+    optimizer: Optimizer | None
+
     def __init__(
         self, *args: Any, batch_sampler: Sampler[Any], learning_rates: Mapping[str, float], **kwargs: Any
     ) -> None:

@@ -28,7 +28,7 @@ if [ "$smoke" = 1 ]; then
     scenes="--num 240 --num-test 200" encoder_flags="--smoke --model scenes-clip" llava_flags="--smoke" limit="--limit 24"
 else
     output=${output:-outputs/quickstart}
-    scenes="--num 12000 --num-test 1000" encoder_flags="" llava_flags="" limit=""
+    scenes="--num 8000 --num-test 1000" encoder_flags="" llava_flags="" limit=""
 fi
 recipe=mllm/recipes/scenes.yaml
 [ "$llm" = scenes-llama ] || recipe=mllm/recipes/smollm2_scenes.yaml

@@ -21,7 +21,7 @@ done
 
 # The stamp holds what an installation depends on; where it is unchanged there is nothing to do.
 stamp=.venv/.vision-moe-installed
-wanted=$(printf '%s\n' "$EXTRAS" "$("$PYTHON" --version)" "$PWD" | cat - pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+wanted=$(printf '%s\n' "$EXTRAS" "$("$PYTHON" --version)" "$PWD" | cat - pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi
@@ -31,9 +31,9 @@ echo "setup: installing vision-moe[$EXTRAS] into .venv (several GB and some minu
 .venv/bin/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel
 .venv/bin/python -m pip install --progress-bar off --quiet -c constraints.txt -e ".[$EXTRAS]"
 case $EXTRAS in *all* | *dev*)
-    # The golden tests of LLaVA's labels read a Llama tokenizer from this package. Only that file: the package itself
-    # would hold numpy back.
-    .venv/bin/python -m pip install --progress-bar off --quiet --no-deps mistral-common==1.13.1
+    # The golden tests of LLaVA's labels read a Llama tokenizer out of this wheel. Not installed: it would hold numpy back.
+    .venv/bin/python -m pip download --progress-bar off --quiet --no-deps -d .venv/share mistral-common==1.13.1
+    .venv/bin/python -m zipfile -e .venv/share/mistral_common-1.13.1-*.whl .venv/share/mistral_common
 esac
 printf '%s\n' "$wanted" > "$stamp.tmp" && mv "$stamp.tmp" "$stamp"
 echo "setup: done"

@@ -9,4 +9,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 # Tests bring their own models and data: a try to reach a hub is a mistake, and must fail at once.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export VISION_MOE_LLAVA_TOKENIZER=${VISION_MOE_LLAVA_TOKENIZER:-$PWD/.venv/share/mistral_common/mistral_common/data/tokenizer.model.v1}
 exec .venv/bin/python -m pytest "$@"

@@ -70,9 +70,7 @@ def embed_images(
             images = [dataset[i]["image"] for i in range(start, min(start + batch_size, len(dataset)))]
             pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
             pixels = pixels.to(model.device, model.dtype)
-            blocks.append(
-                _unit_rows(model.get_image_features(pixel_values=pixels).pooler_output, "picture", start)
-            )
+            blocks.append(_unit_rows(model.get_image_features(pixel_values=pixels).pooler_output, "picture", start))
     return np.concatenate(blocks)
 
 
@@ -135,9 +133,7 @@ def embed_texts(
 def _unit_rows(features: "torch.Tensor", noun: str, start: int) -> NDArray[np.float32]:
     features_ND = features.float()
     if not bool(features_ND.isfinite().all()):
-        raise ValueError(
-            f"an embedding is not finite (batch from {noun} {start} on); was the model loaded whole?"
-        )
+        raise ValueError(f"an embedding is not finite (batch from {noun} {start} on); was the model loaded whole?")
     norms_N1 = features_ND.norm(dim=-1, keepdim=True)
     if not bool((norms_N1 > 0).all()):
         raise ValueError(f"an embedding is zero (batch from {noun} {start} on); was the model loaded whole?")
@@ -151,9 +147,7 @@ def _inference(model: Any, autocast_dtype: "torch.dtype | None") -> Iterator[Non
 
     was_training = model.training
     model.eval()
-    autocast = (
-        torch.autocast(model.device.type, autocast_dtype) if autocast_dtype is not None else nullcontext()
-    )
+    autocast = torch.autocast(model.device.type, autocast_dtype) if autocast_dtype is not None else nullcontext()
     try:
         with torch.inference_mode(), autocast:
             yield

@@ -104,9 +104,7 @@ def _summary(hits: list[bool], chances: list[float]) -> dict[str, Any]:
 
 def _check(variants: list[dict[str, list[str]]]) -> None:
     if not any(variants):
-        raise ValueError(
-            'no picture has "variants" in its JSON; use the test split of Scenes (vision_moe.data.scenes)'
-        )
+        raise ValueError('no picture has "variants" in its JSON; use the test split of Scenes (vision_moe.data.scenes)')
     for index, of in enumerate(variants):
         for factor, texts in of.items():
             if len(texts) < 2 or texts[0] in texts[1:]:

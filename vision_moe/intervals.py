@@ -58,8 +58,7 @@ def bootstrap_ratio_interval(
     """
     if numerators_RN.shape != denominators_RN.shape or numerators_RN.ndim != 2 or numerators_RN.shape[1] == 0:
         raise ValueError(
-            f"need two float[R, N] of one shape with N >= 1, but got {numerators_RN.shape} "
-            f"and {denominators_RN.shape}"
+            f"need two float[R, N] of one shape with N >= 1, but got {numerators_RN.shape} and {denominators_RN.shape}"
         )
     rng = np.random.default_rng(seed)
     num_units = numerators_RN.shape[1]

@@ -110,9 +110,7 @@ def retrieval_metrics(
     found = ranks(embeddings)
     num_images = len(found.image_to_text)
     hits_N = (found.image_to_text == 0).astype(np.float64)
-    text_hits_N = np.bincount(
-        embeddings.image_of_text, weights=found.text_to_image == 0, minlength=num_images
-    )
+    text_hits_N = np.bincount(embeddings.image_of_text, weights=found.text_to_image == 0, minlength=num_images)
     texts_N = np.bincount(embeddings.image_of_text, minlength=num_images).astype(np.float64)
     low, high = bootstrap_ratio_interval(
         np.stack([hits_N, text_hits_N]),
@@ -157,9 +155,7 @@ def _check(embeddings: Embeddings) -> None:
     if image_ND.ndim != 2 or text_MD.ndim != 2 or image_ND.shape[1] != text_MD.shape[1]:
         raise ValueError(f"need float[N, D] and float[M, D], but got {image_ND.shape} and {text_MD.shape}")
     if image_of_text_M.shape != (len(text_MD),):
-        raise ValueError(
-            f"need one picture index a caption, int[{len(text_MD)}], but got {image_of_text_M.shape}"
-        )
+        raise ValueError(f"need one picture index a caption, int[{len(text_MD)}], but got {image_of_text_M.shape}")
     if not (np.isfinite(image_ND).all() and np.isfinite(text_MD).all()):
         raise ValueError("an embedding is not finite, and comparisons with it mean nothing")
     missing = np.setdiff1d(np.arange(len(image_ND)), image_of_text_M)

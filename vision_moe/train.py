@@ -5,7 +5,6 @@ DMU, each on equally many pairs; the run ends with one table of all of them. Sta
 """
 
 import logging
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -16,7 +15,7 @@ from accelerate import PartialState
 from transformers import AutoModel, CLIPModel, CLIPProcessor
 
 from vision_moe.assets import resolve_model
-from vision_moe.config import parse, to_dict, write_yaml
+from vision_moe.config import parse
 from vision_moe.data.captions import CaptionDataset, open_captions
 from vision_moe.distributed import barrier, is_main
 from vision_moe.dmu import run_dmu, stage_samples, total_samples
@@ -24,9 +23,10 @@ from vision_moe.encoder_report import write_report
 from vision_moe.model import CLIPMoEModel
 from vision_moe.positions import stretch_text
 from vision_moe.recipe import StageConfig, TrainConfig
+from vision_moe.run_folder import check_folder, claim_folder
 from vision_moe.scratch import build_clip
 from vision_moe.stages import Stage, StageRunner, with_router_losses
-from vision_moe.tracking import setup_logging, write_environment
+from vision_moe.tracking import setup_logging
 from vision_moe.upcycle import upcycle
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ def main() -> None:
 
 def run(config: TrainConfig) -> dict[str, Path]:
     """Runs every method of the recipe and writes the report; returns the model folders by name."""
-    _open_output(config)
+    check_folder(config, config.output, _FREE_FIELDS)
+    claim_folder(config, config.output)
     dataset = _open_data(config)
     start, processor = _dense_start(config, dataset)
     runner = StageRunner(config, dataset, processor)
@@ -126,28 +127,6 @@ def _open_data(config: TrainConfig) -> CaptionDataset:
         max_unreadable_share=data.max_unreadable_share,
         check_cache=config.output / "readable_train.json",
     )
-
-
-def _open_output(config: TrainConfig) -> None:
-    """Claims the run's folder; a folder of another recipe is refused, since its stages would be taken for ours.
-
-    Raises:
-        ValueError: the folder holds a run with other settings.
-    """
-    saved = config.output / "config.yaml"
-    if saved.is_file():
-        before, now = to_dict(parse(TrainConfig, [str(saved)])), to_dict(config)
-        differing = [name for name in now if before[name] != now[name] and name not in _FREE_FIELDS]
-        if differing:
-            raise ValueError(
-                f"{config.output} holds a run with other settings of {', '.join(differing)}; "
-                f"choose another --output, or delete that folder"
-            )
-    if is_main():
-        os.makedirs(config.output, exist_ok=True)
-        write_yaml(config, saved)
-        write_environment(config.output)
-    barrier()
 
 
 if __name__ == "__main__":

@@ -64,13 +64,9 @@ def to_clip_vision(dinov2: Dinov2Model, image_size: int, num_layers: int | None 
     """
     config = dinov2.config
     if image_size % config.patch_size:
-        raise ValueError(
-            f"image_size must be a multiple of the patch size {config.patch_size}, but got {image_size}"
-        )
+        raise ValueError(f"image_size must be a multiple of the patch size {config.patch_size}, but got {image_size}")
     if config.use_swiglu_ffn:
-        raise ValueError(
-            "CLIP has no SwiGLU MLP; only DINOv2 models with the plain MLP (S, B, L) can be converted"
-        )
+        raise ValueError("CLIP has no SwiGLU MLP; only DINOv2 models with the plain MLP (S, B, L) can be converted")
     depth = config.num_hidden_layers if num_layers is None else num_layers
     if not 1 <= depth <= config.num_hidden_layers:
         raise ValueError(f"num_layers must be in [1, {config.num_hidden_layers}], but got {num_layers}")
@@ -107,14 +103,8 @@ def read_onnx(file: Path, config: Dinov2Config) -> Dinov2Model:
     except ImportError as error:
         raise ImportError('reading ONNX needs the package onnx: pip install "vision-moe[onnx]"') from error
     graph = onnx.load(str(file)).graph
-    tensors = {
-        item.name: torch.from_numpy(np.array(numpy_helper.to_array(item))) for item in graph.initializer
-    }
-    state = {
-        name.removeprefix("backbone."): value
-        for name, value in tensors.items()
-        if name.startswith("backbone.")
-    }
+    tensors = {item.name: torch.from_numpy(np.array(numpy_helper.to_array(item))) for item in graph.initializer}
+    state = {name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")}
     for node in graph.node:
         # Exporters store a Linear's weight transposed and anonymous, as the second input of its MatMul.
         if node.op_type == "MatMul" and node.input[1] in tensors:
@@ -136,13 +126,9 @@ def read_onnx(file: Path, config: Dinov2Config) -> Dinov2Model:
 
 def main() -> None:
     """Writes the image tower and its image processor as one Hugging Face folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--model", default="facebook/dinov2-small", help="hub name or folder of a Dinov2Model"
-    )
+    parser.add_argument("--model", default="facebook/dinov2-small", help="hub name or folder of a Dinov2Model")
     parser.add_argument("--onnx", type=Path, help="ONNX export of a DINOv2-S/14, instead of --model")
     parser.add_argument("--image-size", type=int, default=224, help="pixels per side")
     parser.add_argument("--num-layers", type=int, help="keep the first blocks only")

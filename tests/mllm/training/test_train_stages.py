@@ -14,7 +14,7 @@ import mllm.stages
 from mllm.train import run
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for kill -9 in one process."""
 
 
@@ -25,7 +25,7 @@ class _KillAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         # Before on_save of this step: the last complete checkpoint is the one of the step before.
         if Path(args.output_dir).parent.name == self.stage and state.global_step == self.step:
-            raise Killed
+            raise KilledError
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ def kill_at(monkeypatch):
 
         monkeypatch.setattr(mllm.stages, "LlavaTrainer", DyingTrainer)
 
-    yield arm
+    return arm
 
 
 def test_run_trains_the_projector_then_the_language_model_and_leaves_the_tower(make_config, tmp_path, tiny_parts):
@@ -99,7 +99,7 @@ def test_killed_run_ends_with_the_same_files_and_weights_as_an_unbroken_one(
     run(unbroken)
     broken = replace(unbroken, output=tmp_path / "broken")
     kill_at(stage, 3)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(broken)
     monkeypatch.undo()
     run(broken)
@@ -114,7 +114,7 @@ def test_checkpoint_without_its_mark_is_passed_over(make_config, tmp_path, kill_
     run(unbroken)
     broken = replace(unbroken, output=tmp_path / "broken")
     kill_at("pretrain", 3)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(broken)
     monkeypatch.undo()
     # As a kill leaves it while the newest checkpoint is being written.
@@ -182,5 +182,5 @@ def test_folder_of_another_recipe_is_refused(make_config, tmp_path):
 def test_stage_without_data_is_an_error_that_says_what_to_give(make_config, tmp_path):
     config = make_config(tmp_path / "run")
     config = replace(config, pretrain=replace(config.pretrain, data=None))
-    with pytest.raises(ValueError, match="stage pretrain names no data; give --pretrain.data"):
+    with pytest.raises(ValueError, match=r"stage pretrain names no data; give --pretrain\.data"):
         run(config)
