@@ -70,7 +70,7 @@ class PretrainLMConfig:
     """Longest sequence that the finished model takes, in tokens."""
     row_length: int = 384
     """Tokens of a training row; dialogues are packed into rows, so all positions up to it are trained."""
-    num_tokens: int = 1_400_000
+    num_tokens: int = 2_000_000
     """Tokens seen in training."""
     caption_share: float = 0.75
     """Share of dialogues whose picture is replaced by its longest caption."""

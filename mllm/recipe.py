@@ -132,6 +132,8 @@ class LlavaConfig:
     """Stage 2: instruction tuning."""
     deepspeed: str = "zero2"
     """"zero2", "zero3", "none", or a DeepSpeed JSON."""
+    attn_implementation: str = "sdpa"
+    """Attention kernel, by transformers' name; "eager" is faster on CPU for short sequences (docs/performance.md)."""
     bf16: bool = True
     """bfloat16 arithmetic."""
     num_workers: int = 0

@@ -168,7 +168,9 @@ class StageRunner:
     def _load(self, start: Path) -> LlavaMoEForConditionalGeneration:
         # DeepSpeed computes in bfloat16 and keeps float32 masters; autocast without it wants float32 weights.
         dtype = torch.bfloat16 if self.config.bf16 and self.config.deepspeed != "none" else torch.float32
-        model, report = LlavaMoEForConditionalGeneration.from_pretrained(start, dtype=dtype, output_loading_info=True)
+        model, report = LlavaMoEForConditionalGeneration.from_pretrained(
+            start, dtype=dtype, attn_implementation=self.config.attn_implementation, output_loading_info=True
+        )
         wrong = {name: sorted(keys) for name, keys in report.items() if keys}
         if wrong:
             raise ValueError(f"{start} does not hold this model: {wrong}")

@@ -25,18 +25,20 @@ _NAMES = {
 }
 
 
-def write_report(config: TrainConfig, models: dict[str, Path], processor: CLIPProcessor) -> dict[str, Any]:
+def write_report(
+    config: TrainConfig, models: dict[str, Path], processor: CLIPProcessor, dataset: CaptionDataset
+) -> dict[str, Any]:
     """Evaluates every model and writes `results.json` and `report.md` into the run's folder.
 
     Args:
         config: the recipe.
         models: model folders by stage name.
         processor: of all of them.
+        dataset: pictures to evaluate on, see `open_eval_data`.
 
     Returns:
         What `results.json` holds.
     """
-    dataset = _eval_data(config)
     saved = config.output / "results.json"
     rows: dict[str, Any] = json.loads(saved.read_text())["models"] if saved.is_file() else {}
     for name, folder in models.items():
@@ -98,7 +100,8 @@ def _evaluate(config: TrainConfig, folder: Path, processor: CLIPProcessor, datas
     return row
 
 
-def _eval_data(config: TrainConfig) -> CaptionDataset:
+def open_eval_data(config: TrainConfig) -> CaptionDataset:
+    """The pictures that the final table is measured on."""
     data = config.data
     return open_captions(
         data.eval or data.train,

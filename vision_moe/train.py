@@ -19,7 +19,7 @@ from vision_moe.config import parse
 from vision_moe.data.captions import CaptionDataset, open_captions
 from vision_moe.distributed import barrier, is_main
 from vision_moe.dmu import run_dmu, stage_samples, total_samples
-from vision_moe.encoder_report import write_report
+from vision_moe.encoder_report import open_eval_data, write_report
 from vision_moe.model import CLIPMoEModel
 from vision_moe.positions import stretch_text
 from vision_moe.recipe import StageConfig, TrainConfig
@@ -62,8 +62,10 @@ def run(config: TrainConfig) -> dict[str, Path]:
             models["sparse_upcycling"] = runner.run(stage, partial(_sparse_upcycling, config, start))
         elif method == "dmu":
             models |= run_dmu(runner, start)
+    # By all ranks, which wait for each other in it; the rest is rank 0's.
+    pictures = open_eval_data(config)
     if is_main():
-        write_report(config, models, processor)
+        write_report(config, models, processor, pictures)
     barrier()
     return models
 

@@ -65,7 +65,7 @@ def make_config(tiny_parts: dict[str, str], dialogues: dict[str, Path]) -> Calla
 
     def make(output: Path, finetune: dict[str, Any] | None = None, **fields: Any) -> LlavaConfig:
         stage = StageConfig(
-            data=dialogues["pretrain"], samples=12, global_batch_size=4, per_device_batch_size=2, projector_lr=1e-2
+            data=dialogues["pretrain"], samples=12, global_batch_size=4, per_device_batch_size=1, projector_lr=1e-2
         )
         tuning = {"data": dialogues["finetune"], "llm": "full", "llm_lr": 1e-3, "lora": LoraSettings(r=2, alpha=4)}
         settings: dict[str, Any] = {

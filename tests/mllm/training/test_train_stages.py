@@ -82,7 +82,7 @@ def test_run_leaves_config_environment_metrics_and_markers_and_no_checkpoints(ma
 def test_log_names_trained_parts_with_counts_and_the_derived_accumulation(make_config, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="mllm.stages"):
         run(make_config(tmp_path / "run"))
-    assert "3 steps of 4 dialogues = 2 per forward x 1 processes x 2 accumulated forwards" in caplog.text
+    assert "3 steps of 4 dialogues = 1 per forward x 1 processes x 4 accumulated forwards" in caplog.text
     assert "llm: trains 0 of" in caplog.text
     counts = json.loads((tmp_path / "run" / "finetune" / "stage.json").read_text())["parameters"]
     assert counts["tower"]["trained"] == 0 < counts["tower"]["all"]
