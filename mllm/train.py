@@ -16,13 +16,13 @@ import vision_moe.model  # noqa: F401  (registers CLIP-MoE with the Auto classes
 from mllm.assemble import assemble
 from mllm.deepspeed_setup import init_deepspeed
 from mllm.language_model import resolve_language_model
-from mllm.launcher import die_with_launcher
 from mllm.recipe import LlavaConfig, StageConfig, enabled_stages
 from mllm.stages import StageRunner, is_finished
 from vision_moe.assets import resolve_model
 from vision_moe.config import parse
 from vision_moe.data.scenes import ScenesArguments, generate
 from vision_moe.distributed import barrier, is_main
+from vision_moe.launcher import die_with_launcher
 from vision_moe.run_folder import check_folder, claim_folder
 from vision_moe.tracking import setup_logging
 

@@ -36,6 +36,10 @@ recipe=mllm/recipes/scenes.yaml
 bash scripts/setup.sh
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false
 python=.venv/bin/python
+if [ "$($python -c 'import torch; print(torch.cuda.device_count())')" = 0 ] && [ "$(nproc)" -ge 2 ]; then
+    # Two processes of one thread use two cores better than one process of two threads, and show data parallelism.
+    export NPROC=${NPROC:-2}
+fi
 step() { printf '\n\033[1m== %s\033[0m (%s)\n' "$1" "$(date +%H:%M:%S)"; }
 started=$SECONDS
 

@@ -24,9 +24,7 @@ def commands() -> list[str]:
 
 def smoke_form(command: str, outputs: Path) -> str:
     """The same command on little data, below another folder."""
-    command = command.replace("outputs/", f"{outputs}/").replace(
-        "--num 8000 --num-test 1000", "--num 96 --num-test 24"
-    )
+    command = command.replace("outputs/", f"{outputs}/").replace("--num 8000 --num-test 1000", "--num 96 --num-test 24")
     if "train_encoder.sh" in command or "llava_finetune.sh" in command:
         # The overlay names a tiny tower of its own; the README's is what comes out of the step before.
         command += " --smoke"

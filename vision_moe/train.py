@@ -20,6 +20,7 @@ from vision_moe.data.captions import CaptionDataset, open_captions
 from vision_moe.distributed import barrier, is_main
 from vision_moe.dmu import run_dmu, stage_samples, total_samples
 from vision_moe.encoder_report import open_eval_data, write_report
+from vision_moe.launcher import die_with_launcher
 from vision_moe.model import CLIPMoEModel
 from vision_moe.positions import stretch_text
 from vision_moe.recipe import StageConfig, TrainConfig
@@ -39,6 +40,7 @@ _FREE_FIELDS = ("logging_steps", "save_steps", "methods")
 def main() -> None:
     """Entry point."""
     setup_logging()
+    die_with_launcher()
     # Rank 0 extracts features while the others wait, possibly for hours.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     run(parse(TrainConfig, smoke=_SMOKE))

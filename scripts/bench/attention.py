@@ -30,9 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = resolve_model("scenes-clip")
-    models = {
-        name: CLIPModel.from_pretrained(folder, attn_implementation=name).train() for name in ("sdpa", "eager")
-    }
+    models = {name: CLIPModel.from_pretrained(folder, attn_implementation=name).train() for name in ("sdpa", "eager")}
     size = models["sdpa"].config.vision_config.image_size
     ids = torch.randint(5, 300, (args.batch, 40))
     ids[:, -1] = models["sdpa"].config.text_config.eos_token_id
