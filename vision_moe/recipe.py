@@ -52,6 +52,8 @@ class ScratchConfig:
     """Attention heads of both towers."""
     projection_dim: int = 192
     """Width of the shared embedding space."""
+    positions: Literal["normal", "sincos2d"] = "sincos2d"
+    """Start of the image tower's position embeddings: CLIP's normal of 0.02, or sines and cosines of the grid."""
     max_text_tokens: int = 77
     """Positions of the text tower."""
     vocab_size: int = 2000

@@ -1,9 +1,10 @@
 """The small dense CLIP that is built here."""
 
+import pytest
 import torch
 
 from vision_moe.recipe import ScratchConfig
-from vision_moe.scratch import build_clip, train_tokenizer
+from vision_moe.scratch import build_clip, sincos_positions, train_tokenizer
 
 CAPTIONS = ["A red star.", "Two blue hearts on the grass.", "The circle is green."] * 4
 
@@ -17,6 +18,18 @@ def test_tokenizer_frames_captions_and_gives_them_back():
     assert tokenizer.decode(tokenizer("naïve ☃")["input_ids"], skip_special_tokens=True).strip() == "naïve ☃"
 
 
+def test_sincos_positions_by_hand():
+    positions_PD = sincos_positions(3, 4)
+    # One frequency, 1: sine and cosine of the row, then of the column.
+    for row in range(3):
+        for column in range(3):
+            angles = torch.tensor([row, column]).float()
+            expected = torch.stack([angles[0].sin(), angles[0].cos(), angles[1].sin(), angles[1].cos()])
+            torch.testing.assert_close(positions_PD[3 * row + column], expected)
+    with pytest.raises(ValueError, match="multiple of 4, but got 6"):
+        sincos_positions(3, 6)
+
+
 def test_equal_seeds_give_equal_models_and_the_recipe_its_sizes():
     config = ScratchConfig(hidden_size=32, num_vision_layers=2, num_text_layers=1, num_heads=2, projection_dim=16)
     first, processor = build_clip(config, CAPTIONS, seed=3)
@@ -27,6 +40,8 @@ def test_equal_seeds_give_equal_models_and_the_recipe_its_sizes():
     assert not torch.equal(state["visual_projection.weight"], other.state_dict()["visual_projection.weight"])
     assert first.config.vision_config.num_hidden_layers == 2
     assert first.config.text_config.eos_token_id == processor.tokenizer.eos_token_id
+    positions_PD = first.vision_model.embeddings.position_embedding.weight
+    assert torch.equal(positions_PD[1:], sincos_positions(8, 32))
 
 
 def test_a_caption_is_embedded_at_its_end_token_whatever_the_padding():
