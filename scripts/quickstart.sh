@@ -11,6 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+command="bash scripts/quickstart.sh${*:+ $*}"
 smoke=0 llm=scenes-llama output=
 usage() { sed -n '2,11p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'; }
 while [ $# -gt 0 ]; do
@@ -67,4 +68,4 @@ $python -m eval.run --model "$output/llava/model" --tasks pope_scenes --data "$o
     --output "$output/pope_blank" --blank-images $limit
 
 step "6/6 Report"
-$python scripts/quickstart_report.py --run "$output" --seconds $((SECONDS - started))
+$python scripts/quickstart_report.py --run "$output" --seconds $((SECONDS - started)) --command "$command"

@@ -24,13 +24,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the quick start")
     parser.add_argument("--seconds", type=int, required=True, help="what the run took")
+    parser.add_argument("--command", required=True, help="how it was started")
     args = parser.parse_args()
     run: Path = args.run
     encoder = _read(run / "encoder" / "results.json")
     answers, blank = (_read(run / name / "results.json") for name in ("pope", "pope_blank"))
     _plots(run, encoder)
     sections = [
-        _head(args.seconds),
+        _head(args.command, args.seconds),
         _pope(answers, blank),
         "## Encoder\n\n" + render_tables(encoder),
         "![accuracy per factor](plots/factors.png)" if "factors" in encoder["models"]["dense"] else "",
@@ -46,13 +47,14 @@ def main() -> None:
     print(f"\n{_verdict(encoder, answers, blank)}\n\nThe report: {report}\nThe chat:   {_demo(run)}")
 
 
-def _head(seconds: int) -> str:
+def _head(command: str, seconds: int) -> str:
     machine = environment()
+    smoke = "\n\n**A smoke run: a few steps of everything. Its numbers mean nothing.**" if "--smoke" in command else ""
     return (
         "# Quick start\n\n"
-        f"Measured in one run of `bash scripts/quickstart.sh` on {machine['cpu_count']} cores "
+        f"Measured in one run of `{command}` on {machine['cpu_count']} cores "
         f"({machine['processor']}), "
-        f"{seconds // 60} min {seconds % 60} s after installation; commit {machine['commit']}."
+        f"{seconds // 60} min {seconds % 60} s after installation; commit {machine['commit']}.{smoke}"
     )
 
 
@@ -67,7 +69,7 @@ def _pope(answers: dict[str, Any], blank: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for name, found in (("real", answers), ("blank", blank)):
-        scores = found["results"]["pope_scenes"]["yes_no"]
+        scores = found["result"]["pope_scenes"]["yes_no"]
         accuracy = scores["accuracy"]
         low, high = accuracy["interval"]
         cells = (
@@ -124,7 +126,7 @@ def _demo(run: Path) -> str:
 
 def _verdict(encoder: dict[str, Any], answers: dict[str, Any], blank: dict[str, Any]) -> str:
     accuracy, floor = (
-        100 * found["results"]["pope_scenes"]["yes_no"]["accuracy"]["value"] for found in (answers, blank)
+        100 * found["result"]["pope_scenes"]["yes_no"]["accuracy"]["value"] for found in (answers, blank)
     )
     rows = {name: 100 * row["retrieval"]["mean_R@1"] for name, row in encoder["models"].items()}
     table = ", ".join(f"{label(name)} {value:.1f}" for name, value in rows.items())
