@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole road on one machine, from parts that ship with the package: a dense CLIP becomes a CLIP-MoE, becomes LLaVA's
-# eyes, is scored by lmms-eval, and waits for you in a chat. About 20 minutes on two cores after installation.
+# eyes, is scored by lmms-eval, and waits for you in a chat.
 #
 #   bash scripts/quickstart.sh                   everything, into outputs/quickstart
-#   bash scripts/quickstart.sh --smoke           a few steps of everything in about two minutes; its numbers mean nothing
-#   bash scripts/quickstart.sh --llm smollm2     with SmolLM2-135M-Instruct as the language model (about an hour)
+#   bash scripts/quickstart.sh --smoke           a few steps of everything in two and a half minutes; its numbers mean nothing
+#   bash scripts/quickstart.sh --llm smollm2     with SmolLM2-135M-Instruct as the language model
 #   bash scripts/quickstart.sh --output DIR
 #
 # Interrupted, it goes on where it stopped when it is started again with the same options.
