@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 
 from vision_moe.contrastive import contrastive_loss
+from vision_moe.distributed import world_size
 from vision_moe.recipe import StageConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -96,16 +96,16 @@ class ContrastiveTrainer(Trainer):
 
 def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path, num_steps: int) -> TrainingArguments:
     """TrainingArguments of one stage; the caller's sampler holds exactly `num_steps` batches."""
-    world_size = _world_size()
-    if config.global_batch_size % world_size:
+    num_processes = world_size()
+    if config.global_batch_size % num_processes:
         raise ValueError(
             f"global_batch_size must be a multiple of the number of processes, but got "
-            f"{config.global_batch_size} with {world_size} processes"
+            f"{config.global_batch_size} with {num_processes} processes"
         )
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=num_steps,
-        per_device_train_batch_size=config.global_batch_size // world_size,
+        per_device_train_batch_size=config.global_batch_size // num_processes,
         learning_rate=stage.learning_rate,
         weight_decay=stage.weight_decay,
         adam_beta2=stage.adam_beta2,
@@ -135,7 +135,3 @@ def _warmup(warmup_steps: float, num_steps: int) -> float:
         return warmup_steps
     logger.warning("warm-up of %d steps cut to %d: the stage has only %d steps", warmup_steps, limit, num_steps)
     return limit
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
