@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.encoder import weights_sha256
-from vision_moe.tracking import environment, write_json
+from vision_moe.files import write_json
+from vision_moe.tracking import environment
 
 
 def record(benchmark: str, model: str, settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from eval.record import record
 from eval.report import tasks_table
 from eval.tasks.pope_scenes.scenes import source
 from mllm.lmms_adapter import VisionMoeLlava
-from vision_moe.tracking import setup_logging, write_json
+from vision_moe.files import replacing, write_json
+from vision_moe.tracking import setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -178,10 +179,8 @@ def _task(name: str, data: Path | None, post_prompt: str | None) -> str | dict[s
 
 
 def _write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
-    os.replace(temporary, path)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,7 +23,8 @@ from mllm.conversation import IGNORE_INDEX
 from mllm.data import LlavaDataset
 from mllm.model import LlavaMoEForConditionalGeneration
 from vision_moe.config import parse
-from vision_moe.tracking import setup_logging, write_json
+from vision_moe.files import write_json
+from vision_moe.tracking import setup_logging
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from vision_moe.checkpoint import write_folder
 from vision_moe.config import parse
 from vision_moe.data.readable import decode
 from vision_moe.data.sources import Source, captions_of, open_source
-from vision_moe.tracking import setup_logging, write_json
+from vision_moe.files import write_json
+from vision_moe.tracking import setup_logging
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,8 @@ from mllm.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode
 from mllm.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from vision_moe.checkpoint import last_checkpoint, write_folder
 from vision_moe.config import parse, write_yaml
-from vision_moe.tracking import MetricsCallback, setup_logging, write_environment, write_json
+from vision_moe.files import write_json
+from vision_moe.tracking import MetricsCallback, setup_logging, write_environment
 
 logger = logging.getLogger(__name__)
 

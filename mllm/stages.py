@@ -25,7 +25,8 @@ from mllm.sampler import DialogueBatchSampler
 from mllm.trainer import CheckpointMarker, LlavaTrainer, last_complete_checkpoint
 from vision_moe.checkpoint import write_folder
 from vision_moe.distributed import barrier, is_main, rank, world_size
-from vision_moe.tracking import MetricsCallback, write_json
+from vision_moe.files import write_json
+from vision_moe.tracking import MetricsCallback
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mllm.parts import named_parts
 from vision_moe.distributed import barrier, is_main
-from vision_moe.tracking import write_json
+from vision_moe.files import write_json
+from vision_moe.sampled_trainer import SampledTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ _TRAINED = "trained.safetensors"
 _COMPLETE = "complete.json"
 
 
-class LlavaTrainer(Trainer):
+class LlavaTrainer(SampledTrainer):
     """Trainer whose batches come from a batch sampler that already gives each rank its own indices.
 
     Args:
@@ -34,21 +35,9 @@ class LlavaTrainer(Trainer):
     def __init__(
         self, *args: Any, batch_sampler: Sampler[Any], learning_rates: Mapping[str, float], **kwargs: Any
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.batch_sampler = batch_sampler
+        super().__init__(*args, batch_sampler=batch_sampler, **kwargs)
         self.learning_rates = learning_rates
         self._aux_losses: list[Tensor] = []
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The loader is not handed to accelerate, which would deal the batches out a second time."""
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batch_sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_num_workers > 0,
-        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """AdamW over the parameters that train, in groups of one part each, with and without weight decay."""

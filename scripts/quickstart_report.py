@@ -9,6 +9,7 @@ from PIL import Image
 
 from mllm.generate import Chat, load
 from vision_moe.encoder_report import label, render_tables
+from vision_moe.files import write_text
 from vision_moe.plots import plot_curves, plot_factors
 from vision_moe.tracking import environment
 
@@ -41,9 +42,7 @@ def main() -> None:
         _next_steps(run),
     ]
     report = run / "report.md"
-    temporary = report.with_name("report.md.tmp")
-    temporary.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
-    temporary.replace(report)
+    write_text(report, "\n\n".join(section for section in sections if section) + "\n")
     print(f"\n{_verdict(encoder, answers, blank)}\n\nThe report: {report}\nThe chat:   {_demo(run)}")
 
 

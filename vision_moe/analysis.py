@@ -23,8 +23,9 @@ import vision_moe.model  # noqa: F401  # registers the model types
 from vision_moe.config import parse
 from vision_moe.data.captions import open_captions
 from vision_moe.data.collate import CaptionCollator
+from vision_moe.files import write_json
 from vision_moe.plots import plot_utilization
-from vision_moe.tracking import setup_logging, write_json
+from vision_moe.tracking import setup_logging
 
 logger = logging.getLogger(__name__)
 

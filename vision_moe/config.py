@@ -5,7 +5,6 @@ Precedence, low to high: field default, first recipe, next recipe, ..., flags.
 
 import dataclasses
 import difflib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import auto_cli, set_parsing_settings
+
+from vision_moe.files import write_text
 
 Config = TypeVar("Config")
 
@@ -54,10 +55,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def write_yaml(config: Any, path: Path) -> None:
     """Writes the resolved configuration; reading it back by `parse` gives an equal one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

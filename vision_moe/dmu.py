@@ -19,10 +19,10 @@ from transformers import AutoModel
 from vision_moe.cluster import accumulate_labels, kmeans
 from vision_moe.distributed import is_main
 from vision_moe.features import extract_features, weights_fingerprint
+from vision_moe.files import write_json
 from vision_moe.model import CLIPMoEModel
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.stages import Stage, StageRunner, with_router_losses
-from vision_moe.tracking import write_json
 from vision_moe.upcycle import merge_donors
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from transformers import AutoModel, CLIPProcessor
 
 from vision_moe.data.captions import CaptionDataset, open_captions
 from vision_moe.factors import factor_accuracy
+from vision_moe.files import write_json, write_text
 from vision_moe.recipe import TrainConfig
 from vision_moe.retrieval import retrieval
 from vision_moe.stages import finished_stages
-from vision_moe.tracking import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,7 @@ def write_report(
     }
     write_json(saved, results)
     report = config.output / "report.md"
-    temporary = report.with_name("report.md.tmp")
-    temporary.write_text(render(results), encoding="utf-8")
-    temporary.replace(report)
+    write_text(report, render(results))
     logger.info("report: %s", report)
     return results
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import CLIPProcessor
 
 from vision_moe.data.collate import CaptionCollator
 from vision_moe.distributed import barrier, is_main, rank, world_size
+from vision_moe.files import replacing, write_json
 
 
 class Features(NamedTuple):
@@ -143,9 +143,7 @@ def _prepare(cache_dir: Path, identity: dict[str, str | int]) -> None:
     signature.unlink(missing_ok=True)
     for path in cache_dir.glob("chunk-*.safetensors*"):
         path.unlink()
-    temporary = cache_dir / "features.json.tmp"
-    temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    os.replace(temporary, signature)
+    write_json(signature, identity)
 
 
 def _file(cache_dir: Path, start: int) -> Path:
@@ -153,6 +151,5 @@ def _file(cache_dir: Path, start: int) -> Path:
 
 
 def _save(path: Path, features: Features) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({"image": features.image_ND.contiguous(), "text": features.text_ND.contiguous()}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({"image": features.image_ND.contiguous(), "text": features.text_ND.contiguous()}, temporary)

@@ -3,7 +3,6 @@
 The object-oriented interface of matplotlib throughout: pyplot keeps global state and picks a GUI backend.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from vision_moe.files import replacing
 from vision_moe.tracking import read_metrics
 
 # Okabe and Ito's colors (2008), distinguishable with any common form of color blindness.
@@ -140,8 +140,6 @@ def _plain(panel: Axes) -> None:
 
 
 def _save(figure: Figure, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
     FigureCanvasAgg(figure)
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, output)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

@@ -71,13 +71,15 @@ class StageConfig:
     learning_rate: float = 1e-5
     """Peak learning rate."""
     weight_decay: float = 0.2
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     warmup_steps: float = 200
     """Linear warm-up: steps, or a share of all steps when below 1."""
     schedule: str = "cosine"
     """A transformers scheduler name; cosine decays to 0."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon" orthogonalises the steps of linear weights and leaves the rest to AdamW (vision_moe.muon)."""
     adam_beta2: float = 0.999
-    """Second moment's decay."""
+    """AdamW: the second moment's decay."""
     max_grad_norm: float = 0.0
     """Gradient clipping by global norm; 0 is off."""
     label_smoothing: float = 0.0

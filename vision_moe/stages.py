@@ -18,10 +18,12 @@ from vision_moe.data.captions import CaptionDataset
 from vision_moe.data.collate import CaptionCollator
 from vision_moe.data.sampler import ClusterBatchSampler, EpochBatchSampler
 from vision_moe.distributed import barrier, is_main, rank, world_size
+from vision_moe.files import write_json
 from vision_moe.freeze import set_trainable
 from vision_moe.model import CLIPMoEModel
+from vision_moe.muon import MuonAdamW
 from vision_moe.recipe import MoEConfig, StageConfig, TrainConfig
-from vision_moe.tracking import MetricsCallback, write_json
+from vision_moe.tracking import MetricsCallback
 from vision_moe.trainer import ContrastiveTrainer, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,8 @@ class StageRunner:
             label_smoothing=stage.config.label_smoothing,
             groups_N=stage.labels_N if isinstance(sampler, ClusterBatchSampler) else None,
             callbacks=[MetricsCallback(self.config.output, stage.name)],
+            # None: the Trainer's AdamW. Under DeepSpeed, which shards what Muon needs whole, it takes no other.
+            optimizers=(_muon(model, stage.config) if stage.config.optimizer == "muon" else None, None),
         )
         checkpoint = last_checkpoint(folder / "checkpoints")
         if checkpoint:
@@ -182,6 +186,10 @@ def with_router_losses(model: CLIPMoEModel, moe: MoEConfig) -> CLIPMoEModel:
 def finished_stages(output: Path) -> dict[str, dict[str, object]]:
     """Markers of all finished stages of a run, by name."""
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(output.glob("*/stage.json"))}
+
+
+def _muon(model: PreTrainedModel, config: StageConfig) -> MuonAdamW:
+    return MuonAdamW(model, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, config.adam_beta2))
 
 
 def _plan(stage: Stage, sampler: EpochBatchSampler | ClusterBatchSampler, num_steps: int) -> str:

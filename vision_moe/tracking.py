@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vision_moe.files import write_json, write_text
+
 _PACKAGES = ("vision-moe", "torch", "transformers", "accelerate", "deepspeed", "peft", "lmms-eval", "numpy")
 
 
@@ -27,14 +29,6 @@ def setup_logging(level: int = logging.INFO) -> None:
     )
     for noisy in ("httpx", "matplotlib", "PIL", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON under a temporary name and renames it, so that no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def environment() -> dict[str, Any]:
@@ -78,9 +72,7 @@ class MetricsCallback(TrainerCallback):
         if not state.is_world_process_zero or not self.path.exists():
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if self._stays(line, state)]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
         self,

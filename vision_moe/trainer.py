@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 from vision_moe.contrastive import contrastive_loss
 from vision_moe.distributed import world_size
 from vision_moe.recipe import StageConfig, TrainConfig
+from vision_moe.sampled_trainer import SampledTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class ContrastiveTrainer(Trainer):
+class ContrastiveTrainer(SampledTrainer):
     """Trainer whose batches come from a batch sampler of (index, epoch) keys, and whose loss is InfoNCE + aux_loss.
 
     Args:
@@ -35,24 +36,12 @@ class ContrastiveTrainer(Trainer):
         groups_N: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.batch_sampler = batch_sampler
+        super().__init__(*args, batch_sampler=batch_sampler, **kwargs)
         self.label_smoothing = label_smoothing
         self.groups_N = groups_N
         self._terms: dict[str, list[Tensor]] = {}
         # The loss is a mean over the global batch already: the Trainer must not divide it by accumulation steps.
         self.model_accepts_loss_kwargs = False
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The loader is not handed to accelerate: the sampler already gives each rank its own keys."""
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batch_sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_num_workers > 0,
-        )
 
     def compute_loss(
         self,

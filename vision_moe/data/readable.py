@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from vision_moe.data.sources import Source, captions_of
 from vision_moe.distributed import is_main, main_first
+from vision_moe.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def find_unreadable(source: Source, caption_field: str, *, check_cache: Path | N
                 return dict(kept["unreadable"])
         found = _read_all(source, caption_field)
         if check_cache is not None and is_main():
-            _write(check_cache, {"fingerprint": key, "unreadable": sorted(found.items())})
+            write_json(check_cache, {"fingerprint": key, "unreadable": sorted(found.items())})
         return found
 
 
@@ -118,10 +119,3 @@ def _read_all(source: Source, caption_field: str) -> dict[int, str]:
             found.update({position: reason for position, reason in verdicts if reason is not None})
             bar.update(len(verdicts))
     return found
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)

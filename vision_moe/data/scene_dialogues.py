@@ -15,6 +15,8 @@ Record = dict[str, object]
 # POPE asks about 500 pictures, one present and one absent object each in every category (POPE has three of each).
 MAX_POPE_PICTURES = 500
 NUM_OPEN_QUESTIONS = 3
+# Rounds of one question of each POPE category and one about another factor: a picture costs far more than a question.
+QUESTION_ROUNDS = 3
 # This share of the pictures is only described; after a dialogue the description ends every second conversation.
 DESCRIBED_ONLY_SHARE = 0.15
 PRETRAIN_LONG_SHARE = 0.8
@@ -53,7 +55,7 @@ def pretrain_records(pictures: Sequence[Captioned], seed: int) -> list[Record]:
 
 
 def finetune_records(pictures: Sequence[Captioned], seed: int) -> list[Record]:
-    """Return LLaVA's stage-2 list: per picture up to four yes/no and three open questions, and a description.
+    """Return LLaVA's stage-2 list: per picture up to twelve yes/no and three open questions, and a description.
 
     Yes and no are independent between the questions of a picture, and every yes/no text is as often true as false.
     """
@@ -100,14 +102,17 @@ def pope_lines(pictures: Sequence[Captioned], seed: int) -> list[Record]:
 
 
 def _training_questions(scenes: Sequence[Factors], indices: Sequence[int], rng: np.random.Generator) -> list[YesNo]:
-    """Ask one question of each POPE category and one about another factor, of every picture in `indices`."""
+    """Ask, in each round, one question of each POPE category and one about another factor, of every picture."""
     asked: set[tuple[int, str]] = set()
     questions: list[YesNo] = []
-    for category in CATEGORIES:
-        found = existence_questions(scenes, _halves(indices, rng), category, asked, rng)
+    for _ in range(QUESTION_ROUNDS):
+        for category in CATEGORIES:
+            found = existence_questions(scenes, _halves(indices, rng), category, asked, rng)
+            asked.update((q.index, q.text) for q in found)
+            questions.extend(found)
+        found = factor_questions(scenes, _halves(indices, rng), asked, rng)
         asked.update((q.index, q.text) for q in found)
         questions.extend(found)
-    questions.extend(factor_questions(scenes, _halves(indices, rng), rng))
     return questions
 
 

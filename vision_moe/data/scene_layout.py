@@ -7,14 +7,14 @@ import numpy as np
 
 from vision_moe.data.scene_factors import Factors, Scene, SceneObject, sample_factors
 
-SMALL_RADIUS = (0.084, 0.093)
-LARGE_RADIUS = (0.126, 0.137)
-OTHER_RADIUS = (0.080, 0.090)
+SMALL_RADIUS = (0.107, 0.114)
+LARGE_RADIUS = (0.147, 0.155)
+OTHER_RADIUS = (0.100, 0.108)
 MARGIN = 0.012
 GAP = 0.02
 # The center of a group "on the left" lies left of this, mirrored for the other sides; "in the center" within the band.
-SIDE = 0.36
-CENTER_BAND = (0.44, 0.56)
+SIDE = 0.38
+CENTER_BAND = (0.40, 0.60)
 _MAX_TILT_DEGREES = 9.0
 # The other object is never further off than this, so that the two kinds read as one composition.
 _MAX_DISTANCE = 0.22

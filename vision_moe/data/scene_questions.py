@@ -63,21 +63,24 @@ def existence_questions(
         rng: decides which objects are asked for, and where.
 
     Returns:
-        questions in which every text has as many yes as no; fewer than slots where no fitting picture was found.
+        questions in which every text has as many yes as no; fewer than slots where all that is there was asked for
+        earlier, or no fitting picture was found.
 
     Raises:
         ValueError: if the category is unknown.
     """
     if category not in CATEGORIES:
         raise ValueError(f"unknown category {category!r}; choose one of: {', '.join(CATEGORIES)}")
-    positives, negatives = slots
-    kinds = []
-    for index in positives:
+    positives, kinds = [], []
+    for index in slots[0]:
         f = scenes[index]
         there = [(f.color, f.shape), (f.other_color, f.other_shape)]
         there = [("", shape) if category == "popular" else (color, shape) for color, shape in there]
-        fresh = [kind for kind in there if (index, existence_text(kind)) not in asked] or there
-        kinds.append(fresh[int(rng.integers(len(fresh)))])
+        fresh = [kind for kind in there if (index, existence_text(kind)) not in asked]
+        if fresh:
+            positives.append(index)
+            kinds.append(fresh[int(rng.integers(len(fresh)))])
+    negatives = slots[1][: len(positives)]
 
     def fits(index: int, kind: Kind) -> bool:
         f = scenes[index]
@@ -94,7 +97,10 @@ def existence_questions(
 
 
 def factor_questions(
-    scenes: Sequence[Factors], slots: tuple[Sequence[int], Sequence[int]], rng: np.random.Generator
+    scenes: Sequence[Factors],
+    slots: tuple[Sequence[int], Sequence[int]],
+    asked: Set[tuple[int, str]],
+    rng: np.random.Generator,
 ) -> list[YesNo]:
     """Ask about one factor of the main group or the background ("Are the stars striped?"), as balanced as above.
 
@@ -108,11 +114,12 @@ def factor_questions(
     questions = []
     for key in sorted(groups):
         factor, (yes_indices, no_indices) = key[0], groups[key]
+        yes_indices = [i for i in yes_indices if (i, _factor_text(factor, scenes[i])) not in asked]
         size = min(len(yes_indices), len(no_indices))
         texts = [_factor_text(factor, scenes[index]) for index in yes_indices[:size]]
 
         def fits(index: int, text: str, factor: str = factor) -> bool:
-            return _factor_text(factor, scenes[index]) != text
+            return _factor_text(factor, scenes[index]) != text and (index, text) not in asked
 
         for yes, no, text in _balance(yes_indices[:size], no_indices[:size], texts, fits, {}, rng):
             questions.append(YesNo(index=yes, text=text, answer="yes", category=factor))

@@ -23,7 +23,7 @@ from vision_moe.data.scene_render import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from vision_moe.data.scene_shards import draw_shards, plan_shards
 
 # Raised by any change to what the same arguments write.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 MARK = "scenes.json"
 
 

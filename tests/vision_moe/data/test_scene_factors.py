@@ -73,7 +73,7 @@ def test_stated_count_size_position_and_relation_are_those_drawn(scenes):
         assert len(group) == f.number
         assert all((o.shape, o.color, o.texture) == (f.shape, f.color, f.texture) for o in group)
         assert (other.shape, other.color, other.texture) == (f.other_shape, f.other_color, "solid")
-        assert all((o.radius > 0.11) == (f.size == "large") for o in group)
+        assert all((o.radius > 0.13) == (f.size == "large") for o in group)
         left, right = min(o.x - o.radius for o in group), max(o.x + o.radius for o in group)
         top, bottom = min(o.y - o.radius for o in group), max(o.y + o.radius for o in group)
         relations = {
@@ -87,10 +87,10 @@ def test_stated_count_size_position_and_relation_are_those_drawn(scenes):
 
 def test_group_is_nearest_to_the_position_that_is_stated(scenes):
     anchors = {
-        "left": (0.25, 0.5),
-        "right": (0.75, 0.5),
-        "top": (0.5, 0.25),
-        "bottom": (0.5, 0.75),
+        "left": (0.28, 0.5),
+        "right": (0.72, 0.5),
+        "top": (0.5, 0.28),
+        "bottom": (0.5, 0.72),
         "center": (0.5, 0.5),
     }
     for scene in itertools.chain(*scenes.values()):

@@ -1,0 +1,29 @@
+"""A Trainer whose batches come from a batch sampler that already gives each rank its own keys."""
+
+from typing import Any
+
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
+
+
+class SampledTrainer(Trainer):
+    """Trainer over a batch sampler of ours.
+
+    Args:
+        batch_sampler: yields this rank's keys for each forward.
+    """
+
+    def __init__(self, *args: Any, batch_sampler: Sampler[Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batch_sampler = batch_sampler
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The loader is not handed to accelerate, which would deal the batches out a second time."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_num_workers > 0,
+        )
