@@ -1,8 +1,7 @@
 """Trains a small Llama on the text of LLaVA dialogues: `python -m mllm.pretrain_lm RECIPE --data DIR --output OUT`.
 
 It stands in for a pretrained language model where none can be fetched. So that it learns to answer from its context,
-and not only to guess, the picture of most dialogues is given to it in words: `<image>` is replaced by the picture's
-longest caption. Training goes on where it was interrupted.
+and not only to guess, the picture of most dialogues is given to it in words. Training goes on where it was interrupted.
 """
 
 import json
@@ -15,12 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -32,21 +29,22 @@ from transformers import (
 )
 
 from mllm.collate import LlavaCollator
-from mllm.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode
+from mllm.conversation import IGNORE_INDEX
+from mllm.lm_text import PackedRows, Pictures, Sample, encode_dialogue, read_dialogues, read_pictures, render, split
 from mllm.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from vision_moe.checkpoint import last_checkpoint, write_folder
 from vision_moe.config import parse, write_yaml
 from vision_moe.files import write_json
+from vision_moe.muon import MuonAdamW
 from vision_moe.tracking import MetricsCallback, setup_logging, write_environment
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("llava_pretrain.json", "llava_finetune.json")
 # More would not change which merges are frequent.
 _TOKENIZER_DIALOGUES = 5000
 _EVAL_BATCH = 32
+_ADAM_BETA2 = 0.95
 _KEYS = ("input_ids", "labels")
-Sample = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +71,10 @@ class PretrainLMConfig:
     """Tokens of a training row; dialogues are packed into rows, so all positions up to it are trained."""
     num_tokens: int = 2_000_000
     """Tokens seen in training."""
-    caption_share: float = 0.75
-    """Share of dialogues whose picture is replaced by its longest caption."""
+    pictures_in_words: Path | None = None
+    """JSON file {image: [text, ...]}: what stands in place of a picture; None: its longest caption in the data."""
+    picture_share: float = 0.75
+    """Share of dialogues that get their picture in words, in a random one of its texts; the others get none."""
     num_held_out: int = 200
     """Pictures whose dialogues are kept for the perplexity at the end."""
     batch_size: int = 6
@@ -84,7 +84,9 @@ class PretrainLMConfig:
     warmup_steps: float = 0.03
     """Linear warm-up: steps, or a share of all steps when below 1."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon" orthogonalises the steps of linear weights and leaves the rest to AdamW (vision_moe.muon)."""
     dtype: str = "bfloat16"
     """Type of the saved weights: bfloat16, float16 or float32; training keeps float32 weights."""
     bf16: bool = True
@@ -99,31 +101,6 @@ class PretrainLMConfig:
             raise ValueError(f"dtype must be bfloat16, float16 or float32, but got {self.dtype!r}")
 
 
-class PackedRows(Dataset[dict[str, Tensor]]):
-    """Rows of equal length cut from a stream of token ids and labels.
-
-    Args:
-        stream: (token id, label) pairs; a label of -100 is not supervised.
-        row_length: tokens per row; an incomplete last row is dropped.
-
-    Raises:
-        ValueError: the stream does not fill one row.
-    """
-
-    def __init__(self, stream: list[tuple[int, int]], row_length: int) -> None:
-        num_rows = len(stream) // row_length
-        if num_rows == 0:
-            raise ValueError(f"{len(stream)} tokens do not fill one row of {row_length}; use more data or shorter rows")
-        pairs = torch.tensor(stream[: num_rows * row_length], dtype=torch.int32)
-        self.input_ids_RS, self.labels_RS = pairs.view(num_rows, row_length, 2).unbind(dim=2)
-
-    def __len__(self) -> int:
-        return len(self.input_ids_RS)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids_RS[index].long(), "labels": self.labels_RS[index].long()}
-
-
 def main() -> None:
     """Entry point."""
     setup_logging()
@@ -136,94 +113,72 @@ def run(config: PretrainLMConfig) -> dict[str, float]:
     write_yaml(config, config.output / "config.yaml")
     write_environment(config.output)
     set_seed(config.seed)
-    samples = [sample for name in _FILES for sample in json.loads((config.data / name).read_text(encoding="utf-8"))]
-    captions = longest_captions(samples)
+    samples = read_dialogues(config.data)
+    pictures = read_pictures(config.pictures_in_words, samples)
     train, held_out = split(samples, config.num_held_out, config.seed)
-    tokenizer = train_tokenizer(_texts(train, config.seed), config.vocab_size)
-    rows = PackedRows(_training_stream(train, captions, tokenizer, config), config.row_length)
+    tokenizer = train_tokenizer(_texts(train, pictures, config.seed), config.vocab_size)
+    rows = PackedRows(_training_stream(train, pictures, tokenizer, config), config.row_length)
     trainer = _trainer(config, build_llama(config, tokenizer), rows)
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output / "checkpoints"))
-    scores = held_out_scores(trainer.model, tokenizer, held_out, captions)
+    scores = held_out_scores(trainer.model, tokenizer, held_out, pictures, config.seed)
     write_folder(config.output / "model", lambda folder: save(trainer.model, tokenizer, config.dtype, folder))
     write_json(config.output / "scores.json", scores)
     logger.info("%s; the model is in %s", scores, config.output / "model")
     return scores
 
 
-def longest_captions(samples: list[Sample]) -> dict[str, str]:
-    """The longest answer that describes each picture, from dialogues of one turn."""
-    captions: dict[str, str] = {}
-    for sample in samples:
-        if "image" in sample and len(sample["conversations"]) == 2:
-            caption = sample["conversations"][1]["value"]
-            captions[sample["image"]] = max(captions.get(sample["image"], ""), caption, key=len)
-    return captions
-
-
-def split(samples: list[Sample], num_held_out: int, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Keeps all dialogues of `num_held_out` random pictures apart.
-
-    Raises:
-        ValueError: nothing would be left to train on.
-    """
-    images = sorted({sample["image"] for sample in samples if "image" in sample})
-    if num_held_out >= len(images):
-        raise ValueError(f"num_held_out must be below the {len(images)} pictures of the data, but got {num_held_out}")
-    held_out = set(random.Random(seed).sample(images, num_held_out))
-    train = [sample for sample in samples if sample.get("image") not in held_out]
-    return train, [sample for sample in samples if sample.get("image") in held_out]
-
-
-def render(
-    samples: list[Sample], captions: dict[str, str], tokenizer: PreTrainedTokenizerBase, share: float, seed: int
-) -> Iterator[tuple[int, int]]:
-    """Token ids and labels of all dialogues in random order; `share` of the pictures are given by their captions."""
-    rng = random.Random(seed)
-    for sample in rng.sample(samples, len(samples)):
-        input_ids, labels = _encode(sample, captions if rng.random() < share else {}, tokenizer)
-        yield from zip(input_ids, labels, strict=True)
-
-
 @torch.inference_mode()
 def held_out_scores(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], captions: dict[str, str]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], pictures: Pictures, seed: int
 ) -> dict[str, float]:
-    """Perplexity per answer token of dialogues, with their pictures given in words and with no pictures at all."""
+    """How well dialogues are answered with their pictures in words (a random text each) and with no pictures at all.
+
+    Returns:
+        num_dialogues, num_yes_no, and for either way the perplexity per answer token and the share of yes/no answers
+        that are the likeliest ones, given the dialogue so far.
+    """
     model.eval()
-    collate = LlavaCollator(tokenizer.pad_token_id)
+    rng = random.Random(seed)
+    drawn = {image: rng.choice(texts) for image, texts in sorted(pictures.items())}
     scores: dict[str, float] = {"num_dialogues": len(samples)}
-    for name, shown in (("with_caption", captions), ("without_caption", {})):
-        total, num_tokens = 0.0, 0
-        encoded = [dict(zip(_KEYS, _encode(sample, shown, tokenizer), strict=True)) for sample in samples]
-        for start in range(0, len(encoded), _EVAL_BATCH):
-            batch = collate(encoded[start : start + _EVAL_BATCH])
-            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-            targets_BS = batch.pop("labels")[:, 1:]
-            logits_BSV = model(**batch).logits[:, :-1].float()
-            total += float(cross_entropy(logits_BSV.transpose(1, 2), targets_BS, reduction="sum"))
-            num_tokens += int((targets_BS != IGNORE_INDEX).sum())
-        scores[f"answer_perplexity_{name}"] = math.exp(total / num_tokens)
+    for name, shown in (("with_picture", drawn), ("without_picture", {})):
+        encoded = [encode_dialogue(sample, shown.get(sample["image"]), tokenizer) for sample in samples]
+        scores.update({f"{key}_{name}": value for key, value in _scores(model, tokenizer, encoded).items()})
+    scores["num_yes_no"] = scores.pop("num_yes_no_with_picture")
+    del scores["num_yes_no_without_picture"]
     return scores
 
 
-def _encode(
-    sample: Sample, captions: dict[str, str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of a dialogue with its picture replaced by its caption, or left out if there is none."""
-    first, *rest = sample["conversations"]
-    caption = captions.get(sample.get("image", ""))
-    # A picture stands at the head of its turn (LLaVA moves it there), so its caption does too.
-    question = first["value"].replace(IMAGE_TOKEN, "").strip()
-    text = question if caption is None else f"{caption}\n{question}"
-    return encode([{**first, "value": text}, *rest], tokenizer, template="v1")
+def _scores(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, encoded: list[tuple[list[int], list[int]]]
+) -> dict[str, float]:
+    collate = LlavaCollator(tokenizer.pad_token_id)
+    words = torch.tensor([tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in ("Yes", "No")])
+    total, num_tokens, num_right, num_asked = 0.0, 0, 0, 0
+    for start in range(0, len(encoded), _EVAL_BATCH):
+        rows = [dict(zip(_KEYS, pair, strict=True)) for pair in encoded[start : start + _EVAL_BATCH]]
+        batch = {key: tensor.to(model.device) for key, tensor in collate(rows).items()}
+        targets_BS = batch.pop("labels")[:, 1:]
+        logits_BSV = model(**batch).logits[:, :-1].float()
+        total += float(cross_entropy(logits_BSV.transpose(1, 2), targets_BS, reduction="sum"))
+        num_tokens += int((targets_BS != IGNORE_INDEX).sum())
+        asked_BS = torch.isin(targets_BS, words)
+        num_asked += int(asked_BS.sum())
+        num_right += int((logits_BSV.argmax(dim=2) == targets_BS)[asked_BS].sum())
+    return {
+        "answer_perplexity": math.exp(total / num_tokens),
+        "yes_no_accuracy": num_right / max(num_asked, 1),
+        "num_yes_no": num_asked,
+    }
 
 
-def _texts(samples: list[Sample], seed: int) -> Iterator[str]:
+def _texts(samples: list[Sample], pictures: Pictures, seed: int) -> Iterator[str]:
     """Some dialogues as the template writes them, system prompt and roles included, for the tokenizer to learn from."""
     rng = random.Random(seed)
     plain_bytes = train_tokenizer([], SMALLEST_VOCABULARY)
     for sample in rng.sample(samples, min(_TOKENIZER_DIALOGUES, len(samples))):
-        text = plain_bytes.decode(_encode(sample, {}, plain_bytes)[0])
+        picture = rng.choice(pictures.get(sample.get("image", ""), [""]))
+        text = plain_bytes.decode(encode_dialogue(sample, picture, plain_bytes)[0])
         yield from re.split("|".join(map(re.escape, plain_bytes.all_special_tokens)), text)
 
 
@@ -260,14 +215,14 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str
 
 
 def _training_stream(
-    samples: list[Sample], captions: dict[str, str], tokenizer: PreTrainedTokenizerBase, config: PretrainLMConfig
+    samples: list[Sample], pictures: Pictures, tokenizer: PreTrainedTokenizerBase, config: PretrainLMConfig
 ) -> list[tuple[int, int]]:
     """Passes over the data, each in a new order with new draws, until there are enough tokens."""
     stream: list[tuple[int, int]] = []
     epoch = 0
     while len(stream) < config.num_tokens:
         missing = config.num_tokens - len(stream)
-        stream += islice(render(samples, captions, tokenizer, config.caption_share, config.seed + epoch), missing)
+        stream += islice(render(samples, pictures, tokenizer, config.picture_share, config.seed + epoch), missing)
         epoch += 1
     logger.info("%d dialogues, %d passes begun, %d tokens", len(samples), epoch, len(stream))
     return stream
@@ -281,7 +236,7 @@ def _trainer(config: PretrainLMConfig, model: LlamaForCausalLM, rows: PackedRows
         num_train_epochs=1,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
-        adam_beta2=0.95,
+        adam_beta2=_ADAM_BETA2,
         weight_decay=config.weight_decay,
         warmup_steps=config.warmup_steps,
         lr_scheduler_type="cosine",
@@ -295,8 +250,15 @@ def _trainer(config: PretrainLMConfig, model: LlamaForCausalLM, rows: PackedRows
         report_to=[],
         disable_tqdm=not sys.stderr.isatty(),
     )
+    muon = None
+    if config.optimizer == "muon":
+        muon = MuonAdamW(model, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, _ADAM_BETA2))
     return Trainer(
-        model=model, args=args, train_dataset=rows, callbacks=[MetricsCallback(config.output, "pretrain_lm")]
+        model=model,
+        args=args,
+        train_dataset=rows,
+        callbacks=[MetricsCallback(config.output, "pretrain_lm")],
+        optimizers=(muon, None),
     )
 
 

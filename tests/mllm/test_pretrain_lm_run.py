@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from mllm.conversation import IGNORE_INDEX
-from mllm.pretrain_lm import PackedRows, PretrainLMConfig, longest_captions, render, run, split
+from mllm.lm_text import PackedRows, longest_captions, read_pictures, render, split
+from mllm.pretrain_lm import PretrainLMConfig, run
 from mllm.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 _TEXT = "Hello, wörld 12.50!\n  \tx  y <b> 你好 🙂"
@@ -59,12 +60,27 @@ def test_picture_is_given_by_its_longest_caption_and_answers_alone_are_supervise
     captions = longest_captions(samples)
     assert captions == {"0.jpg": "a red star above a blue ring"}
     tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
-    stream = list(render(samples[1:], captions, tokenizer, share=1.0, seed=0))
+    stream = list(render(samples[1:], read_pictures(None, samples), tokenizer, share=1.0, seed=0))
     text = tokenizer.decode([token for token, _ in stream])
     assert text.endswith("USER: a red star above a blue ring\nIs it there? ASSISTANT: Yes</s>")
     assert tokenizer.decode([label for _, label in stream if label != IGNORE_INDEX]) == " Yes</s>"
-    blind = tokenizer.decode([token for token, _ in render(samples[1:], captions, tokenizer, share=0.0, seed=0)])
+    blind = tokenizer.decode([token for token, _ in render(samples[1:], {}, tokenizer, share=0.0, seed=0)])
     assert blind.endswith("questions. USER: Is it there? ASSISTANT: Yes</s>")
+
+
+def test_pictures_in_words_are_read_from_a_file_that_knows_all_of_them(scenes, tmp_path):
+    samples = json.loads((scenes / "llava_finetune.json").read_text())
+    words = {f"{i}.jpg": ["star", "ring"] for i in range(12)}
+    path = tmp_path / "words.json"
+    path.write_text(json.dumps(words))
+    pictures = read_pictures(path, samples)
+    tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
+    text = tokenizer.decode([token for token, _ in render(samples, pictures, tokenizer, share=1.0, seed=0)])
+    assert text.count("USER: star\nIs") + text.count("USER: ring\nIs") == 12
+    assert 0 < text.count("USER: star\nIs") < 12
+    path.write_text(json.dumps({"0.jpg": ["star"]}))
+    with pytest.raises(ValueError, match="no text for 11 pictures"):
+        read_pictures(path, samples)
 
 
 def test_held_out_pictures_are_in_no_training_dialogue(scenes):
@@ -89,7 +105,8 @@ def test_run_leaves_a_loadable_model_in_the_wanted_type_with_scores(config):
     assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(config.output / "model").eos_token_id
     assert json.loads((config.output / "scores.json").read_text()) == scores
     assert scores["num_dialogues"] == 4
-    assert scores["answer_perplexity_with_caption"] > 1
+    assert scores["answer_perplexity_with_picture"] > 1
+    assert scores["num_yes_no"] == 2
     assert {"config.yaml", "environment.json", "metrics.jsonl"} <= {path.name for path in config.output.iterdir()}
 
 

@@ -32,13 +32,14 @@ _BRIEF = ("Describe the image briefly.", "Give a short description of the pictur
 
 @dataclass(frozen=True, kw_only=True)
 class Captioned:
-    """A picture without its pixels: key and path below the image folder, truth, and captions."""
+    """A picture without its pixels: key and path below the image folder, truth, captions, cells in words."""
 
     key: str
     image: str
     factors: Factors
     short: list[str]
     long: str
+    cells: str
 
 
 def pretrain_records(pictures: Sequence[Captioned], seed: int) -> list[Record]:

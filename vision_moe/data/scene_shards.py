@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vision_moe.data.scene_cells import cells_in_words
 from vision_moe.data.scene_dialogues import Captioned
 from vision_moe.data.scene_factors import Scene
 from vision_moe.data.scene_layout import sample_scene
@@ -76,7 +77,16 @@ def draw_shard(shard: Shard) -> list[Captioned]:
             _add(tar, f"{key}.jpg", jpeg)
             _add(tar, f"{key}.json", json.dumps(_metadata(scene, text, shard.split)).encode())
             image = f"{shard.split}/{key}.jpg"
-            pictures.append(Captioned(key=key, image=image, factors=scene.factors, short=text.short, long=text.long))
+            pictures.append(
+                Captioned(
+                    key=key,
+                    image=image,
+                    factors=scene.factors,
+                    short=text.short,
+                    long=text.long,
+                    cells=cells_in_words(scene),
+                )
+            )
     return pictures
 
 

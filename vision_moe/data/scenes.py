@@ -1,9 +1,10 @@
 """Scenes, the built-in data set: `python -m vision_moe.data.scenes --out DIR --num N --seed S`.
 
 Writes `train-*.tar` and `test-*.tar` (WebDataset: KEY.jpg, KEY.json), the same pictures under `images/`, the
-LLaVA lists `llava_pretrain.json` and `llava_finetune.json` (train pictures), POPE's `pope_test.jsonl` (test
-pictures), and `scenes.json`, which says what was asked for and is the mark of a finished set. The set is made in
-a folder beside DIR that is renamed at the end, so DIR is never half-written.
+LLaVA lists `llava_pretrain.json` and `llava_finetune.json` (train pictures), the train pictures in words
+(`pictures_in_words.json`, for a language model), POPE's `pope_test.jsonl` (test pictures), and `scenes.json`, which
+says what was asked for and is the mark of a finished set. The set is made in a folder beside DIR that is renamed at the
+end, so DIR is never half-written.
 """
 
 import argparse
@@ -128,6 +129,8 @@ def _write_set(folder: Path, arguments: ScenesArguments, num_workers: int, progr
     pope = pope_lines(pictures["test"], arguments.seed)
     _write_list(folder / "llava_pretrain.json", pretrain)
     _write_list(folder / "llava_finetune.json", finetune)
+    in_words = {picture.image: [picture.long, picture.cells] for picture in pictures["train"]}
+    (folder / "pictures_in_words.json").write_text(json.dumps(in_words, indent=0) + "\n", encoding="utf-8")
     (folder / "pope_test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in pope), encoding="utf-8")
     mark = {
         "version": GENERATOR_VERSION,
@@ -171,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{arguments.num} train and {num_test} test pictures {state} {flags.out}\n"
         f"  captions       {flags.out}/train-*.tar, {flags.out}/test-*.tar\n"
         f"  LLaVA          {flags.out}/llava_pretrain.json, {flags.out}/llava_finetune.json\n"
+        f"  in words       {flags.out}/pictures_in_words.json\n"
         f"  POPE           {flags.out}/pope_test.jsonl\n"
         f"  image folder   {flags.out}/images\n"
     )

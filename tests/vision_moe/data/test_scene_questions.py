@@ -20,7 +20,9 @@ def _pictures(split: str, num: int) -> list[Captioned]:
         scene, key = sample_scene(2, split, index), f"{split}{index:06d}"
         text = describe(scene)
         pictures.append(
-            Captioned(key=key, image=f"{split}/{key}.jpg", factors=scene.factors, short=text.short, long=text.long)
+            Captioned(
+                key=key, image=f"{split}/{key}.jpg", factors=scene.factors, short=text.short, long=text.long, cells=""
+            )
         )
     return pictures
 
