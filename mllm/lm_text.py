@@ -17,31 +17,37 @@ _FILES = ("llava_pretrain.json", "llava_finetune.json")
 Sample = dict[str, Any]
 # By image: texts that each tell what is in the picture.
 Pictures = dict[str, list[str]]
+# Token id, label, position in its dialogue.
+Token = tuple[int, int, int]
+_MAX_CUT_PAIRS = 3
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):
-    """Rows of equal length cut from a stream of token ids and labels.
+    """Rows of equal length cut from a stream of tokens; no dialogue attends to another one of its row.
+
+    transformers builds the block-diagonal mask from position ids that start anew. Without it, what other dialogues
+    say looks like context, and a small model takes far longer to learn to use its own.
 
     Args:
-        stream: (token id, label) pairs; a label of -100 is not supervised.
+        stream: (token id, label, position in its dialogue); a label of -100 is not supervised.
         row_length: tokens per row; an incomplete last row is dropped.
 
     Raises:
         ValueError: the stream does not fill one row.
     """
 
-    def __init__(self, stream: list[tuple[int, int]], row_length: int) -> None:
+    def __init__(self, stream: list[Token], row_length: int) -> None:
         num_rows = len(stream) // row_length
         if num_rows == 0:
             raise ValueError(f"{len(stream)} tokens do not fill one row of {row_length}; use more data or shorter rows")
-        pairs = torch.tensor(stream[: num_rows * row_length], dtype=torch.int32)
-        self.input_ids_RS, self.labels_RS = pairs.view(num_rows, row_length, 2).unbind(dim=2)
+        self.tokens_RS3 = torch.tensor(stream[: num_rows * row_length], dtype=torch.int32).view(num_rows, row_length, 3)
 
     def __len__(self) -> int:
-        return len(self.input_ids_RS)
+        return len(self.tokens_RS3)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids_RS[index].long(), "labels": self.labels_RS[index].long()}
+        input_ids_S, labels_S, positions_S = self.tokens_RS3[index].long().unbind(dim=1)
+        return {"input_ids": input_ids_S, "labels": labels_S, "position_ids": positions_S}
 
 
 def read_dialogues(folder: Path) -> list[Sample]:
@@ -88,14 +94,39 @@ def split(samples: list[Sample], num_held_out: int, seed: int) -> tuple[list[Sam
 
 
 def render(
-    samples: list[Sample], pictures: Pictures, tokenizer: PreTrainedTokenizerBase, share: float, seed: int
-) -> Iterator[tuple[int, int]]:
-    """Token ids and labels of all dialogues in random order; `share` of them get a random text of their picture."""
+    samples: list[Sample],
+    pictures: Pictures,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    picture_share: float,
+    cut_share: float = 0.0,
+    seed: int,
+) -> Iterator[Token]:
+    """The tokens of all dialogues in random order.
+
+    Args:
+        samples: LLaVA records.
+        pictures: what can stand in place of each picture.
+        tokenizer: with BOS and EOS.
+        picture_share: share of the dialogues that get a random text of their picture.
+        cut_share: share of the dialogues of which only one to three successive question-answer pairs are kept.
+        seed: of all draws.
+    """
     rng = random.Random(seed)
     for sample in rng.sample(samples, len(samples)):
         texts = pictures.get(sample.get("image", ""), [])
-        shown = rng.choice(texts) if texts and rng.random() < share else None
-        yield from zip(*encode_dialogue(sample, shown, tokenizer), strict=True)
+        shown = rng.choice(texts) if texts and rng.random() < picture_share else None
+        piece = _cut(sample, rng) if rng.random() < cut_share else sample
+        input_ids, labels = encode_dialogue(piece, shown, tokenizer)
+        yield from zip(input_ids, labels, range(len(input_ids)), strict=True)
+
+
+def _cut(sample: Sample, rng: random.Random) -> Sample:
+    turns = sample["conversations"]
+    num_pairs = len(turns) // 2
+    kept = min(rng.randint(1, _MAX_CUT_PAIRS), num_pairs)
+    first = rng.randint(0, num_pairs - kept)
+    return {**sample, "conversations": turns[2 * first : 2 * (first + kept)]}
 
 
 def encode_dialogue(

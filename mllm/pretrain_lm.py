@@ -30,7 +30,17 @@ from transformers import (
 
 from mllm.collate import LlavaCollator
 from mllm.conversation import IGNORE_INDEX
-from mllm.lm_text import PackedRows, Pictures, Sample, encode_dialogue, read_dialogues, read_pictures, render, split
+from mllm.lm_text import (
+    PackedRows,
+    Pictures,
+    Sample,
+    Token,
+    encode_dialogue,
+    read_dialogues,
+    read_pictures,
+    render,
+    split,
+)
 from mllm.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from vision_moe.checkpoint import last_checkpoint, write_folder
 from vision_moe.config import parse, write_yaml
@@ -75,6 +85,8 @@ class PretrainLMConfig:
     """JSON file {image: [text, ...]}: what stands in place of a picture; None: its longest caption in the data."""
     picture_share: float = 0.75
     """Share of dialogues that get their picture in words, in a random one of its texts; the others get none."""
+    cut_share: float = 0.0
+    """Share of dialogues cut to one to three successive question-answer pairs, so that less was said before."""
     num_held_out: int = 200
     """Pictures whose dialogues are kept for the perplexity at the end."""
     batch_size: int = 6
@@ -210,19 +222,28 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
+    # The Trainer switches it off.
+    model.config.use_cache = True
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _training_stream(
     samples: list[Sample], pictures: Pictures, tokenizer: PreTrainedTokenizerBase, config: PretrainLMConfig
-) -> list[tuple[int, int]]:
+) -> list[Token]:
     """Passes over the data, each in a new order with new draws, until there are enough tokens."""
-    stream: list[tuple[int, int]] = []
+    stream: list[Token] = []
     epoch = 0
     while len(stream) < config.num_tokens:
-        missing = config.num_tokens - len(stream)
-        stream += islice(render(samples, pictures, tokenizer, config.picture_share, config.seed + epoch), missing)
+        passes = render(
+            samples,
+            pictures,
+            tokenizer,
+            picture_share=config.picture_share,
+            cut_share=config.cut_share,
+            seed=config.seed + epoch,
+        )
+        stream += islice(passes, config.num_tokens - len(stream))
         epoch += 1
     logger.info("%d dialogues, %d passes begun, %d tokens", len(samples), epoch, len(stream))
     return stream

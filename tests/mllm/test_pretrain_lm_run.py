@@ -1,6 +1,7 @@
 """The small Llama's training: its tokenizer, its text, and that a killed run goes on exactly."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from mllm.conversation import IGNORE_INDEX
 from mllm.lm_text import PackedRows, longest_captions, read_pictures, render, split
-from mllm.pretrain_lm import PretrainLMConfig, run
+from mllm.pretrain_lm import PretrainLMConfig, build_llama, run
 from mllm.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 _TEXT = "Hello, wörld 12.50!\n  \tx  y <b> 你好 🙂"
@@ -60,11 +61,11 @@ def test_picture_is_given_by_its_longest_caption_and_answers_alone_are_supervise
     captions = longest_captions(samples)
     assert captions == {"0.jpg": "a red star above a blue ring"}
     tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
-    stream = list(render(samples[1:], read_pictures(None, samples), tokenizer, share=1.0, seed=0))
-    text = tokenizer.decode([token for token, _ in stream])
+    stream = list(render(samples[1:], read_pictures(None, samples), tokenizer, picture_share=1.0, seed=0))
+    text = tokenizer.decode([token for token, *_ in stream])
     assert text.endswith("USER: a red star above a blue ring\nIs it there? ASSISTANT: Yes</s>")
-    assert tokenizer.decode([label for _, label in stream if label != IGNORE_INDEX]) == " Yes</s>"
-    blind = tokenizer.decode([token for token, _ in render(samples[1:], {}, tokenizer, share=0.0, seed=0)])
+    assert tokenizer.decode([label for _, label, _ in stream if label != IGNORE_INDEX]) == " Yes</s>"
+    blind = tokenizer.decode([token for token, *_ in render(samples[1:], {}, tokenizer, picture_share=0.0, seed=0)])
     assert blind.endswith("questions. USER: Is it there? ASSISTANT: Yes</s>")
 
 
@@ -75,7 +76,7 @@ def test_pictures_in_words_are_read_from_a_file_that_knows_all_of_them(scenes, t
     path.write_text(json.dumps(words))
     pictures = read_pictures(path, samples)
     tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
-    text = tokenizer.decode([token for token, _ in render(samples, pictures, tokenizer, share=1.0, seed=0)])
+    text = tokenizer.decode([token for token, *_ in render(samples, pictures, tokenizer, picture_share=1.0, seed=0)])
     assert text.count("USER: star\nIs") + text.count("USER: ring\nIs") == 12
     assert 0 < text.count("USER: star\nIs") < 12
     path.write_text(json.dumps({"0.jpg": ["star"]}))
@@ -93,9 +94,44 @@ def test_held_out_pictures_are_in_no_training_dialogue(scenes):
         split(samples, 12, seed=0)
 
 
+def test_no_dialogue_of_a_row_sees_another_one(scenes, config):
+    samples = json.loads((scenes / "llava_pretrain.json").read_text())[:3]
+    tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
+    torch.manual_seed(0)
+    model = build_llama(config, tokenizer).eval()
+    model.config.use_cache = False
+    stream = list(render(samples, {}, tokenizer, picture_share=0.0, seed=0))
+    starts = [i for i, (_, _, position) in enumerate(stream) if position == 0]
+    assert len(starts) == 3
+    batch = {name: tensor[None] for name, tensor in PackedRows(stream, len(stream))[0].items()}
+    packed_SV = model(**batch).logits[0]
+    alone_SV = model(input_ids=batch["input_ids"][:, starts[2] :]).logits[0]
+    torch.testing.assert_close(packed_SV[starts[2] :], alone_SV)
+
+
+def test_cut_dialogues_keep_one_to_three_successive_pairs_and_their_picture():
+    turns = [
+        {"from": ("human", "gpt")[i % 2], "value": f"q{i // 2}" if i % 2 == 0 else f"a{i // 2}"} for i in range(10)
+    ]
+    samples = [{"image": "0.jpg", "conversations": turns}] * 40
+    tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
+    stream = render(samples, {"0.jpg": ["star"]}, tokenizer, picture_share=1.0, cut_share=1.0, seed=0)
+    text = tokenizer.decode([token for token, *_ in stream])
+    seen = set()
+    for dialogue in text.split("A chat between")[1:]:
+        pairs = re.findall(r"USER: (star\n)?q(\d) ASSISTANT: a(\d)", dialogue)
+        numbers = [int(question) for _, question, _ in pairs]
+        assert [shown != "" for shown, _, _ in pairs] == [True] + [False] * (len(pairs) - 1)
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        assert all(question == answer for _, question, answer in pairs)
+        seen.add((numbers[0], len(numbers)))
+    assert {length for _, length in seen} == {1, 2, 3}
+    assert len({first for first, _ in seen}) == 5
+
+
 def test_rows_that_no_text_fills_are_an_error():
     with pytest.raises(ValueError, match="3 tokens do not fill one row of 4"):
-        PackedRows([(1, 1)] * 3, 4)
+        PackedRows([(1, 1, 0)] * 3, 4)
 
 
 def test_run_leaves_a_loadable_model_in_the_wanted_type_with_scores(config):
