@@ -3,29 +3,26 @@
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     LlavaProcessor,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mllm.conversation import IMAGE_TOKEN, IMAGE_TOKEN_ID, Template, encode_prompt, stop_token_ids
 from mllm.images import pixels
 from mllm.model import LlavaMoEForConditionalGeneration
+from mllm.pretrained import Quantization, load_model, load_processor
 from mllm.streaming import Generation, StopOnEvent
 
 Messages = Sequence[dict[str, str]]
 Question = tuple[Messages, Sequence[Image.Image]]
-Quantization = Literal["4bit", "8bit"]
 _DEFAULT_NEW_TOKENS = 512
 
 
@@ -211,49 +208,11 @@ def load(
     Raises:
         ValueError: no template is known, an unknown quantization, or the folder lacks weights.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, report = LlavaMoEForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        device_map={"": device},
-        quantization_config=_quantization_config(quantization),
-        output_loading_info=True,
-    )
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise ValueError(f"{folder} is no complete model; missing: {sorted(report['missing_keys'])}")
+    model = load_model(folder, dtype, device, quantization)
     template = template or getattr(model.config, "conversation_template", None)
     if template is None:
         raise ValueError(f"the config of {folder} names no conversation_template; say which it was trained with")
     return Chat(model, load_processor(folder), template)
-
-
-def load_processor(folder: str | Path) -> LlavaProcessor:
-    """The saved processor, with the image processing of training, which AutoProcessor would swap for torchvision's."""
-    settings, _ = LlavaProcessor.get_processor_dict(str(folder))
-    names = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "chat_template")
-    return LlavaProcessor(
-        image_processor=LlavaImageProcessorPil.from_pretrained(folder),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        **{name: settings[name] for name in names if name in settings},
-    )
-
-
-def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
-    if quantization is None:
-        return None
-    # Full names: "vision_tower" alone would match nothing, and the tower would be quantised unnoticed.
-    spared = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    if quantization == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=spared,
-        )
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=spared)
-    raise ValueError(f"unknown quantization {quantization!r}; choose one of: 4bit, 8bit")
 
 
 def _to_conversation(messages: Messages) -> list[dict[str, str]]:

@@ -17,7 +17,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from mllm.generate import Chat, Quantization, load
+from mllm.generate import Chat, load
+from mllm.pretrained import Quantization
 
 logger = logging.getLogger(__name__)
 

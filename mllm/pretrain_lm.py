@@ -6,7 +6,6 @@ and not only to guess, the picture of most dialogues is given to it in words. Tr
 
 import json
 import logging
-import math
 import random
 import re
 import sys
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -28,8 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from mllm.collate import LlavaCollator
-from mllm.conversation import IGNORE_INDEX
+from mllm.lm_scores import held_out_scores
 from mllm.lm_text import (
     PackedRows,
     Pictures,
@@ -52,9 +49,7 @@ logger = logging.getLogger(__name__)
 
 # More would not change which merges are frequent.
 _TOKENIZER_DIALOGUES = 5000
-_EVAL_BATCH = 32
 _ADAM_BETA2 = 0.95
-_KEYS = ("input_ids", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,51 +132,6 @@ def run(config: PretrainLMConfig) -> dict[str, float]:
     write_json(config.output / "scores.json", scores)
     logger.info("%s; the model is in %s", scores, config.output / "model")
     return scores
-
-
-@torch.inference_mode()
-def held_out_scores(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], pictures: Pictures, seed: int
-) -> dict[str, float]:
-    """How well dialogues are answered with their pictures in words (a random text each) and with no pictures at all.
-
-    Returns:
-        num_dialogues, num_yes_no, and for either way the perplexity per answer token and the share of yes/no answers
-        that are the likeliest ones, given the dialogue so far.
-    """
-    model.eval()
-    rng = random.Random(seed)
-    drawn = {image: rng.choice(texts) for image, texts in sorted(pictures.items())}
-    scores: dict[str, float] = {"num_dialogues": len(samples)}
-    for name, shown in (("with_picture", drawn), ("without_picture", {})):
-        encoded = [encode_dialogue(sample, shown.get(sample["image"]), tokenizer) for sample in samples]
-        scores.update({f"{key}_{name}": value for key, value in _scores(model, tokenizer, encoded).items()})
-    scores["num_yes_no"] = scores.pop("num_yes_no_with_picture")
-    del scores["num_yes_no_without_picture"]
-    return scores
-
-
-def _scores(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, encoded: list[tuple[list[int], list[int]]]
-) -> dict[str, float]:
-    collate = LlavaCollator(tokenizer.pad_token_id)
-    words = torch.tensor([tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in ("Yes", "No")])
-    total, num_tokens, num_right, num_asked = 0.0, 0, 0, 0
-    for start in range(0, len(encoded), _EVAL_BATCH):
-        rows = [dict(zip(_KEYS, pair, strict=True)) for pair in encoded[start : start + _EVAL_BATCH]]
-        batch = {key: tensor.to(model.device) for key, tensor in collate(rows).items()}
-        targets_BS = batch.pop("labels")[:, 1:]
-        logits_BSV = model(**batch).logits[:, :-1].float()
-        total += float(cross_entropy(logits_BSV.transpose(1, 2), targets_BS, reduction="sum"))
-        num_tokens += int((targets_BS != IGNORE_INDEX).sum())
-        asked_BS = torch.isin(targets_BS, words)
-        num_asked += int(asked_BS.sum())
-        num_right += int((logits_BSV.argmax(dim=2) == targets_BS)[asked_BS].sum())
-    return {
-        "answer_perplexity": math.exp(total / num_tokens),
-        "yes_no_accuracy": num_right / max(num_asked, 1),
-        "num_yes_no": num_asked,
-    }
 
 
 def _texts(samples: list[Sample], pictures: Pictures, seed: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vision_moe.data.scene_factors import Factors
+from vision_moe.data.scene_factors import SHAPES, Factors
 from vision_moe.data.scene_questions import CATEGORIES, YesNo, existence_questions, factor_questions
 from vision_moe.data.scene_text import noun, place_phrase, relation_phrase
 
@@ -15,6 +15,10 @@ Record = dict[str, object]
 # POPE asks about 500 pictures, one present and one absent object each in every category (POPE has three of each).
 MAX_POPE_PICTURES = 500
 NUM_OPEN_QUESTIONS = 3
+NUM_COUNTING_QUESTIONS = 3
+# Half of the counting questions are about kinds that are not there. Whoever learns to look for what to count learns
+# to find nothing, too; a bare yes or no teaches that much more slowly (docs/log.md).
+ABSENT_SHARE = 0.5
 # Rounds of one question of each POPE category and one about another factor: a picture costs far more than a question.
 QUESTION_ROUNDS = 3
 # This share of the pictures is only described; after a dialogue the description ends every second conversation.
@@ -56,7 +60,8 @@ def pretrain_records(pictures: Sequence[Captioned], seed: int) -> list[Record]:
 
 
 def finetune_records(pictures: Sequence[Captioned], seed: int) -> list[Record]:
-    """Return LLaVA's stage-2 list: per picture up to twelve yes/no and three open questions, and a description.
+    """Return LLaVA's stage-2 list: per picture up to twelve yes/no questions, three open ones and three that
+    count, and a description.
 
     Yes and no are independent between the questions of a picture, and every yes/no text is as often true as false.
     """
@@ -73,7 +78,7 @@ def finetune_records(pictures: Sequence[Captioned], seed: int) -> list[Record]:
         if described_only[index]:
             records.append(_record(picture, [description], rng))
             continue
-        turns = [_shuffled(closed[index], rng), _open_questions(picture.factors, rng)]
+        turns = [_shuffled(closed[index], rng), _asking_for_words(picture.factors, rng)]
         # An answer heard earlier needs no look at the picture: half of the dialogues begin with the yes/no questions,
         # half with the open ones, and the description, which says all, is always last.
         first = int(rng.integers(2))
@@ -124,6 +129,26 @@ def _halves(indices: Sequence[int], rng: np.random.Generator) -> tuple[list[int]
     return order[:half], order[half : 2 * half]
 
 
+def _asking_for_words(f: Factors, rng: np.random.Generator) -> list[Turn]:
+    counting = [_counting_question(f, rng) for _ in range(NUM_COUNTING_QUESTIONS)]
+    return _shuffled([*_open_questions(f, rng), *dict(counting).items()], rng)
+
+
+def _counting_question(f: Factors, rng: np.random.Generator) -> Turn:
+    """Ask how many of a kind there are; kinds that are not there mix the two that are, or have a third shape."""
+    if rng.uniform() < ABSENT_SHARE:
+        others = [shape for shape in SHAPES if shape not in (f.shape, f.other_shape)]
+        third = _choice(others, rng)
+        kinds = [(f.color, f.other_shape), (f.other_color, f.shape), ("", third), (f.color, third)]
+        count = "zero"
+    else:
+        kinds, count = [(f.color, f.shape), ("", f.shape)], f.count
+        if rng.uniform() < 0.5:
+            kinds, count = [(f.other_color, f.other_shape), ("", f.other_shape)], "one"
+    color, shape = kinds[int(rng.integers(len(kinds)))]
+    return " ".join(filter(None, ("How many", color, noun(shape, 2), "are there?"))), count.capitalize()
+
+
 def _open_questions(f: Factors, rng: np.random.Generator) -> list[Turn]:
     """Draw open questions; the two kinds differ in shape and color, so either word names one of them for certain."""
     things = noun(f.shape, f.number)
@@ -133,7 +158,6 @@ def _open_questions(f: Factors, rng: np.random.Generator) -> list[Turn]:
         (f"What color is the {f.other_shape}?", f.other_color),
         (f"What shape {be} the {f.color} object{'' if one else 's'}?", f.shape),
         (f"What shape is the {f.other_color} object?", f.other_shape),
-        (f"How many {noun(f.shape, 2)} are there?", f.count),
         (f"What is the texture of the {things}?", f.texture),
         (f"{be.capitalize()} the {things} small or large?", f.size),
         (f"Where {be} the {things}?", place_phrase(f.position)),
