@@ -1,8 +1,8 @@
 """Dialogues as text for a language model: each picture is replaced by words that tell it, or left out."""
 
+import functools
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +11,63 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from mllm.conversation import IMAGE_TOKEN, encode
+from mllm.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode
 
 _FILES = ("llava_pretrain.json", "llava_finetune.json")
 Sample = dict[str, Any]
 # By image: texts that each tell what is in the picture.
 Pictures = dict[str, list[str]]
-# Token id, label, position in its dialogue.
-Token = tuple[int, int, int]
-_MAX_CUT_PAIRS = 3
+# input_ids, labels and position_ids, and segments: 0 for what all tokens after it see, n for the n-th branch.
+Row = dict[str, list[int]]
 
 
-class PackedRows(Dataset[dict[str, Tensor]]):
-    """Rows of equal length cut from a stream of tokens; no dialogue attends to another one of its row.
+class DialogueRows(Dataset[Row]):
+    """Dialogues as rows of tokens, each with or without a text in place of its picture.
 
-    transformers builds the block-diagonal mask from position ids that start anew. Without it, what other dialogues
-    say looks like context, and a small model takes far longer to learn to use its own.
+    Most rows are trees: the system prompt and the picture are the trunk, and every question with its answer is a branch
+    that sees the trunk and itself. So each answer must be found in the picture, not in what was asked and answered
+    before, and the picture is read once for all questions. The other rows are dialogues as they are.
 
     Args:
-        stream: (token id, label, position in its dialogue); a label of -100 is not supervised.
-        row_length: tokens per row; an incomplete last row is dropped.
-
-    Raises:
-        ValueError: the stream does not fill one row.
+        samples: LLaVA records.
+        pictures: what can stand in place of each picture.
+        tokenizer: with BOS and EOS.
+        num_rows: length; beyond one pass over the samples each further pass has a new order and new draws.
+        picture_share: share of the rows that get a random text of their picture.
+        tree_share: share of the rows that are trees.
+        seed: of all draws.
     """
 
-    def __init__(self, stream: list[Token], row_length: int) -> None:
-        num_rows = len(stream) // row_length
-        if num_rows == 0:
-            raise ValueError(f"{len(stream)} tokens do not fill one row of {row_length}; use more data or shorter rows")
-        self.tokens_RS3 = torch.tensor(stream[: num_rows * row_length], dtype=torch.int32).view(num_rows, row_length, 3)
+    def __init__(
+        self,
+        samples: list[Sample],
+        pictures: Pictures,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        num_rows: int,
+        picture_share: float,
+        tree_share: float,
+        seed: int,
+    ) -> None:
+        self.samples, self.pictures, self.tokenizer, self.num_rows = samples, pictures, tokenizer, num_rows
+        self.picture_share, self.tree_share, self.seed = picture_share, tree_share, seed
+        self._order = functools.lru_cache(maxsize=2)(self._order_of)
 
     def __len__(self) -> int:
-        return len(self.tokens_RS3)
+        return self.num_rows
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        input_ids_S, labels_S, positions_S = self.tokens_RS3[index].long().unbind(dim=1)
-        return {"input_ids": input_ids_S, "labels": labels_S, "position_ids": positions_S}
+    def __getitem__(self, index: int) -> Row:
+        """The row: its content depends on the seed and the index alone."""
+        epoch, position = divmod(index, len(self.samples))
+        sample = self.samples[self._order(epoch)[position]]
+        rng = random.Random(f"{self.seed} {index}")
+        texts = self.pictures.get(sample.get("image", ""), [])
+        picture = rng.choice(texts) if texts and rng.random() < self.picture_share else None
+        encode_row = encode_tree if rng.random() < self.tree_share else encode_chain
+        return encode_row(sample, picture, self.tokenizer)
+
+    def _order_of(self, epoch: int) -> list[int]:
+        return random.Random(f"order {self.seed} {epoch}").sample(range(len(self.samples)), len(self.samples))
 
 
 def read_dialogues(folder: Path) -> list[Sample]:
@@ -93,42 +113,6 @@ def split(samples: list[Sample], num_held_out: int, seed: int) -> tuple[list[Sam
     return train, [sample for sample in samples if sample.get("image") in held_out]
 
 
-def render(
-    samples: list[Sample],
-    pictures: Pictures,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    picture_share: float,
-    cut_share: float = 0.0,
-    seed: int,
-) -> Iterator[Token]:
-    """The tokens of all dialogues in random order.
-
-    Args:
-        samples: LLaVA records.
-        pictures: what can stand in place of each picture.
-        tokenizer: with BOS and EOS.
-        picture_share: share of the dialogues that get a random text of their picture.
-        cut_share: share of the dialogues of which only one to three successive question-answer pairs are kept.
-        seed: of all draws.
-    """
-    rng = random.Random(seed)
-    for sample in rng.sample(samples, len(samples)):
-        texts = pictures.get(sample.get("image", ""), [])
-        shown = rng.choice(texts) if texts and rng.random() < picture_share else None
-        piece = _cut(sample, rng) if rng.random() < cut_share else sample
-        input_ids, labels = encode_dialogue(piece, shown, tokenizer)
-        yield from zip(input_ids, labels, range(len(input_ids)), strict=True)
-
-
-def _cut(sample: Sample, rng: random.Random) -> Sample:
-    turns = sample["conversations"]
-    num_pairs = len(turns) // 2
-    kept = min(rng.randint(1, _MAX_CUT_PAIRS), num_pairs)
-    first = rng.randint(0, num_pairs - kept)
-    return {**sample, "conversations": turns[2 * first : 2 * (first + kept)]}
-
-
 def encode_dialogue(
     sample: Sample, picture: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
@@ -138,3 +122,67 @@ def encode_dialogue(
     question = first["value"].replace(IMAGE_TOKEN, "").strip()
     text = question if picture is None else f"{picture}\n{question}"
     return encode([{**first, "value": text}, *rest], tokenizer, template="v1")
+
+
+def encode_chain(sample: Sample, picture: str | None, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """A dialogue as it is: one segment."""
+    input_ids, labels = encode_dialogue(sample, picture, tokenizer)
+    length = len(input_ids)
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": list(range(length)),
+        "segments": [0] * length,
+    }
+
+
+def encode_tree(sample: Sample, picture: str | None, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """A dialogue as branches on what all of its questions, asked first, begin with; its labels are in the branches."""
+    turns = sample["conversations"]
+    pairs = [{**sample, "conversations": turns[start : start + 2]} for start in range(0, len(turns), 2)]
+    encoded = [encode_dialogue(pair, picture, tokenizer) for pair in pairs]
+    first, first_labels = encoded[0]
+    unlabelled = next(index for index, label in enumerate(first_labels) if label != IGNORE_INDEX)
+    trunk = _common_length([first[:unlabelled], *(ids for ids, _ in encoded)])
+    row: Row = {
+        "input_ids": first[:trunk],
+        "labels": first_labels[:trunk],
+        "position_ids": list(range(trunk)),
+        "segments": [0] * trunk,
+    }
+    for number, (ids, labels) in enumerate(encoded, start=1):
+        row["input_ids"] += ids[trunk:]
+        row["labels"] += labels[trunk:]
+        row["position_ids"] += range(trunk, len(ids))
+        row["segments"] += [number] * (len(ids) - trunk)
+    return row
+
+
+def _common_length(rows: list[list[int]]) -> int:
+    """The number of tokens with which all rows begin alike."""
+    columns = enumerate(zip(*rows, strict=False))
+    return next((index for index, column in columns if len(set(column)) > 1), min(map(len, rows)))
+
+
+def collate_rows(rows: list[Row], pad_token_id: int) -> dict[str, Tensor]:
+    """Pads rows to the longest and turns their segments into an attention mask.
+
+    Returns:
+        input_ids, labels and position_ids, int64[B, S]; attention_mask, float32[B, 1, S, S], 0 where a token may look
+        and the lowest number elsewhere.
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "position_ids": 0, "segments": -1}
+    batch = {
+        name: torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
+        for name, value in fill.items()
+    }
+    segments_BS = batch.pop("segments")
+    earlier_SS = torch.ones(length, length, dtype=torch.bool).tril()
+    same_BSS = segments_BS[:, None, :] == segments_BS[:, :, None]
+    # Padding is its own segment: it sees itself, so that no softmax is over nothing, and nothing else sees it.
+    trunk_BSS = (segments_BS[:, None, :] == 0) & (segments_BS[:, :, None] >= 0)
+    seen_BSS = earlier_SS & (same_BSS | trunk_BSS)
+    lowest = torch.finfo(torch.float32).min
+    batch["attention_mask"] = torch.zeros(seen_BSS.shape).masked_fill(~seen_BSS, lowest)[:, None]
+    return batch

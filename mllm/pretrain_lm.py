@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,14 +28,13 @@ from transformers import (
 
 from mllm.lm_scores import held_out_scores
 from mllm.lm_text import (
-    PackedRows,
+    DialogueRows,
     Pictures,
     Sample,
-    Token,
+    collate_rows,
     encode_dialogue,
     read_dialogues,
     read_pictures,
-    render,
     split,
 )
 from mllm.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
@@ -72,20 +71,18 @@ class PretrainLMConfig:
     """Attention heads."""
     max_position_embeddings: int = 1024
     """Longest sequence that the finished model takes, in tokens."""
-    row_length: int = 384
-    """Tokens of a training row; dialogues are packed into rows, so all positions up to it are trained."""
-    num_tokens: int = 2_000_000
-    """Tokens seen in training."""
+    num_dialogues: int = 12_000
+    """Dialogues seen in training."""
     pictures_in_words: Path | None = None
     """JSON file {image: [text, ...]}: what stands in place of a picture; None: its longest caption in the data."""
     picture_share: float = 0.75
     """Share of dialogues that get their picture in words, in a random one of its texts; the others get none."""
-    cut_share: float = 0.0
-    """Share of dialogues cut to one to three successive question-answer pairs, so that less was said before."""
+    tree_share: float = 0.8
+    """Share of dialogues whose questions do not see each other, only the picture (mllm.lm_text.DialogueRows)."""
     num_held_out: int = 200
     """Pictures whose dialogues are kept for the perplexity at the end."""
-    batch_size: int = 6
-    """Rows per step."""
+    batch_size: int = 8
+    """Dialogues per step."""
     learning_rate: float = 2e-3
     """Peak learning rate; cosine decay to 0."""
     warmup_steps: float = 0.03
@@ -124,7 +121,15 @@ def run(config: PretrainLMConfig) -> dict[str, float]:
     pictures = read_pictures(config.pictures_in_words, samples)
     train, held_out = split(samples, config.num_held_out, config.seed)
     tokenizer = train_tokenizer(_texts(train, pictures, config.seed), config.vocab_size)
-    rows = PackedRows(_training_stream(train, pictures, tokenizer, config), config.row_length)
+    rows = DialogueRows(
+        train,
+        pictures,
+        tokenizer,
+        num_rows=config.num_dialogues,
+        picture_share=config.picture_share,
+        tree_share=config.tree_share,
+        seed=config.seed,
+    )
     trainer = _trainer(config, build_llama(config, tokenizer), rows)
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output / "checkpoints"))
     scores = held_out_scores(trainer.model, tokenizer, held_out, pictures, config.seed)
@@ -178,30 +183,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str
     tokenizer.save_pretrained(folder)
 
 
-def _training_stream(
-    samples: list[Sample], pictures: Pictures, tokenizer: PreTrainedTokenizerBase, config: PretrainLMConfig
-) -> list[Token]:
-    """Passes over the data, each in a new order with new draws, until there are enough tokens."""
-    stream: list[Token] = []
-    epoch = 0
-    while len(stream) < config.num_tokens:
-        passes = render(
-            samples,
-            pictures,
-            tokenizer,
-            picture_share=config.picture_share,
-            cut_share=config.cut_share,
-            seed=config.seed + epoch,
-        )
-        stream += islice(passes, config.num_tokens - len(stream))
-        epoch += 1
-    logger.info("%d dialogues, %d passes begun, %d tokens", len(samples), epoch, len(stream))
-    return stream
-
-
-def _trainer(config: PretrainLMConfig, model: LlamaForCausalLM, rows: PackedRows) -> Trainer:
+def _trainer(config: PretrainLMConfig, model: LlamaForCausalLM, rows: DialogueRows) -> Trainer:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    logger.info("%d parameters, %d rows of %d tokens", num_parameters, len(rows), config.row_length)
+    logger.info("%d parameters, %d dialogues, %d of them different", num_parameters, len(rows), len(rows.samples))
     args = TrainingArguments(
         output_dir=str(config.output / "checkpoints"),
         num_train_epochs=1,
@@ -219,6 +203,7 @@ def _trainer(config: PretrainLMConfig, model: LlamaForCausalLM, rows: PackedRows
         save_total_limit=2,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
+        remove_unused_columns=False,
         disable_tqdm=not sys.stderr.isatty(),
     )
     muon = None
@@ -228,6 +213,7 @@ def _trainer(config: PretrainLMConfig, model: LlamaForCausalLM, rows: PackedRows
         model=model,
         args=args,
         train_dataset=rows,
+        data_collator=partial(collate_rows, pad_token_id=rows.tokenizer.pad_token_id),
         callbacks=[MetricsCallback(config.output, "pretrain_lm")],
         optimizers=(muon, None),
     )

@@ -26,7 +26,8 @@ _PAD = "<|pad|>"
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_text_tokens: int) -> PreTrainedTokenizerFast:
     """A lower-casing byte-level BPE with CLIP's start and end tokens, trained on `captions`.
 
-    The pad token is its own, unlike CLIP's, so that the end token is found without a special case.
+    The pad token is its own, unlike CLIP's, so that the end token is found without a special case. The end token must
+    not have id 2: transformers takes that for a mistake of old configs and reads captions up to their highest id.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -34,7 +35,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_text_tokens: i
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[_PAD, _START, _END],
+        special_tokens=[_START, _END, _PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

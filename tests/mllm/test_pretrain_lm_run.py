@@ -10,7 +10,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from mllm.conversation import IGNORE_INDEX
-from mllm.lm_text import PackedRows, longest_captions, read_pictures, render, split
+from mllm.lm_text import (
+    DialogueRows,
+    collate_rows,
+    encode_chain,
+    longest_captions,
+    read_dialogues,
+    read_pictures,
+    split,
+)
 from mllm.pretrain_lm import PretrainLMConfig, build_llama, run
 from mllm.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
@@ -30,7 +38,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture
 def config(scenes, tmp_path):
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2}
-    training = {"num_tokens": 6 * 64, "row_length": 64, "batch_size": 2, "num_held_out": 2, "save_steps": 1}
+    training = {"num_dialogues": 6, "batch_size": 2, "num_held_out": 2, "save_steps": 1}
     return PretrainLMConfig(data=scenes, output=tmp_path / "run", **sizes, **training)
 
 
@@ -55,83 +63,74 @@ def test_tokenizer_without_room_for_all_bytes_is_refused():
         train_tokenizer(["a"], 259)
 
 
-def test_picture_is_given_by_its_longest_caption_and_answers_alone_are_supervised(scenes):
-    samples = json.loads((scenes / "llava_pretrain.json").read_text())[:1]
-    samples += json.loads((scenes / "llava_finetune.json").read_text())[:1]
-    captions = longest_captions(samples)
-    assert captions == {"0.jpg": "a red star above a blue ring"}
+def _rows(samples, pictures, picture_share, tree_share=0.0, num_rows=12):
     tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
-    stream = list(render(samples[1:], read_pictures(None, samples), tokenizer, picture_share=1.0, seed=0))
-    text = tokenizer.decode([token for token, *_ in stream])
-    assert text.endswith("USER: a red star above a blue ring\nIs it there? ASSISTANT: Yes</s>")
-    assert tokenizer.decode([label for _, label, _ in stream if label != IGNORE_INDEX]) == " Yes</s>"
-    blind = tokenizer.decode([token for token, *_ in render(samples[1:], {}, tokenizer, picture_share=0.0, seed=0)])
-    assert blind.endswith("questions. USER: Is it there? ASSISTANT: Yes</s>")
+    shares = {"picture_share": picture_share, "tree_share": tree_share}
+    return DialogueRows(samples, pictures, tokenizer, num_rows=num_rows, seed=0, **shares), tokenizer
+
+
+def test_picture_is_given_by_its_longest_caption_and_answers_alone_are_supervised(scenes):
+    samples = read_dialogues(scenes)
+    assert longest_captions(samples)["0.jpg"] == "a red star above a blue ring"
+    asked = [sample for sample in samples if sample["conversations"][1]["value"] == "Yes"]
+    for share, told in ((1.0, "a red star above a blue ring\n"), (0.0, "")):
+        rows, tokenizer = _rows(asked, read_pictures(None, samples), share)
+        text = tokenizer.decode(rows[0]["input_ids"])
+        assert text.endswith(f"questions. USER: {told}Is it there? ASSISTANT: Yes</s>")
+        assert tokenizer.decode([label for label in rows[0]["labels"] if label != IGNORE_INDEX]) == " Yes</s>"
 
 
 def test_pictures_in_words_are_read_from_a_file_that_knows_all_of_them(scenes, tmp_path):
-    samples = json.loads((scenes / "llava_finetune.json").read_text())
-    words = {f"{i}.jpg": ["star", "ring"] for i in range(12)}
+    samples = read_dialogues(scenes)[12:]
     path = tmp_path / "words.json"
-    path.write_text(json.dumps(words))
-    pictures = read_pictures(path, samples)
-    tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
-    text = tokenizer.decode([token for token, *_ in render(samples, pictures, tokenizer, picture_share=1.0, seed=0)])
-    assert text.count("USER: star\nIs") + text.count("USER: ring\nIs") == 12
-    assert 0 < text.count("USER: star\nIs") < 12
+    path.write_text(json.dumps({f"{i}.jpg": ["star", "ring"] for i in range(12)}))
+    rows, tokenizer = _rows(samples, read_pictures(path, samples), 1.0)
+    texts = [tokenizer.decode(rows[i]["input_ids"]) for i in range(12)]
+    assert {word for text in texts for word in ("star", "ring") if f"USER: {word}\nIs" in text} == {"star", "ring"}
     path.write_text(json.dumps({"0.jpg": ["star"]}))
     with pytest.raises(ValueError, match="no text for 11 pictures"):
         read_pictures(path, samples)
 
 
+def test_every_pass_shows_each_dialogue_once_in_a_new_order(scenes):
+    samples = [{**sample, "image": f"{i}.jpg"} for i, sample in enumerate(read_dialogues(scenes)[:6])]
+    rows, tokenizer = _rows(samples, {f"{i}.jpg": [f"picture {i}"] for i in range(6)}, 1.0)
+    seen = [re.search(r"picture (\d)", tokenizer.decode(rows[i]["input_ids"]))[1] for i in range(12)]
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list("012345")
+    assert seen[:6] != seen[6:]
+
+
+def test_branch_of_a_tree_is_answered_as_if_it_had_been_asked_alone(config):
+    questions = ("Is it a star?", "Is it red?", "What is it, then?")
+    turns = [
+        turn
+        for question in questions
+        for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": f"{len(question)} yes"})
+    ]
+    rows, tokenizer = _rows([{"image": "0.jpg", "conversations": turns}], {"0.jpg": ["a red star"]}, 1.0, 1.0, 1)
+    short = encode_chain({"conversations": turns[:2]}, None, tokenizer)
+    torch.manual_seed(0)
+    model = build_llama(config, tokenizer).eval()
+    # Beside a shorter row, so that there is padding.
+    batch = collate_rows([rows[0], short], tokenizer.pad_token_id)
+    logits_SV = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits[0]
+    supervised = torch.tensor(rows[0]["labels"]) != IGNORE_INDEX
+    for number in range(3):
+        alone = encode_chain({"conversations": turns[2 * number : 2 * number + 2]}, "a red star", tokenizer)
+        alone_SV = model(torch.tensor([alone["input_ids"]])).logits[0]
+        answer = torch.tensor(alone["labels"]) != IGNORE_INDEX
+        branch = (torch.tensor(rows[0]["segments"]) == number + 1) & supervised
+        torch.testing.assert_close(logits_SV[: len(branch)][branch], alone_SV[answer])
+
+
 def test_held_out_pictures_are_in_no_training_dialogue(scenes):
-    samples = [s for name in ("pretrain", "finetune") for s in json.loads((scenes / f"llava_{name}.json").read_text())]
+    samples = read_dialogues(scenes)
     train, held_out = split(samples, 3, seed=0)
     assert len(train) == 18
     assert len(held_out) == 6
     assert not {s["image"] for s in train} & {s["image"] for s in held_out}
     with pytest.raises(ValueError, match="must be below the 12 pictures"):
         split(samples, 12, seed=0)
-
-
-def test_no_dialogue_of_a_row_sees_another_one(scenes, config):
-    samples = json.loads((scenes / "llava_pretrain.json").read_text())[:3]
-    tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
-    torch.manual_seed(0)
-    model = build_llama(config, tokenizer).eval()
-    model.config.use_cache = False
-    stream = list(render(samples, {}, tokenizer, picture_share=0.0, seed=0))
-    starts = [i for i, (_, _, position) in enumerate(stream) if position == 0]
-    assert len(starts) == 3
-    batch = {name: tensor[None] for name, tensor in PackedRows(stream, len(stream))[0].items()}
-    packed_SV = model(**batch).logits[0]
-    alone_SV = model(input_ids=batch["input_ids"][:, starts[2] :]).logits[0]
-    torch.testing.assert_close(packed_SV[starts[2] :], alone_SV)
-
-
-def test_cut_dialogues_keep_one_to_three_successive_pairs_and_their_picture():
-    turns = [
-        {"from": ("human", "gpt")[i % 2], "value": f"q{i // 2}" if i % 2 == 0 else f"a{i // 2}"} for i in range(10)
-    ]
-    samples = [{"image": "0.jpg", "conversations": turns}] * 40
-    tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
-    stream = render(samples, {"0.jpg": ["star"]}, tokenizer, picture_share=1.0, cut_share=1.0, seed=0)
-    text = tokenizer.decode([token for token, *_ in stream])
-    seen = set()
-    for dialogue in text.split("A chat between")[1:]:
-        pairs = re.findall(r"USER: (star\n)?q(\d) ASSISTANT: a(\d)", dialogue)
-        numbers = [int(question) for _, question, _ in pairs]
-        assert [shown != "" for shown, _, _ in pairs] == [True] + [False] * (len(pairs) - 1)
-        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        assert all(question == answer for _, question, answer in pairs)
-        seen.add((numbers[0], len(numbers)))
-    assert {length for _, length in seen} == {1, 2, 3}
-    assert len({first for first, _ in seen}) == 5
-
-
-def test_rows_that_no_text_fills_are_an_error():
-    with pytest.raises(ValueError, match="3 tokens do not fill one row of 4"):
-        PackedRows([(1, 1, 0)] * 3, 4)
 
 
 def test_run_leaves_a_loadable_model_in_the_wanted_type_with_scores(config):

@@ -9,6 +9,20 @@ from vision_moe.scratch import build_clip, sincos_positions, train_tokenizer
 CAPTIONS = ["A red star.", "Two blue hearts on the grass.", "The circle is green."] * 4
 
 
+def test_a_caption_is_read_to_its_end():
+    # transformers takes an end token of id 2 for a mistake of old configs, and then reads a caption up to its token of the
+    # highest id, wherever that stands.
+    config = ScratchConfig(
+        image_size=16, patch_size=8, hidden_size=16, num_vision_layers=1, num_text_layers=1, num_heads=2
+    )
+    captions = ["on a gray background there are three stars", "a gray star on the left", "a red star on the right"]
+    model, processor = build_clip(config, captions, seed=0)
+    batch = processor.tokenizer(captions, padding=True, return_tensors="pt")
+    output = model.text_model(**batch)
+    ends_B = (batch["input_ids"] == processor.tokenizer.eos_token_id).int().argmax(dim=1)
+    assert torch.equal(output.pooler_output, output.last_hidden_state[torch.arange(3), ends_B])
+
+
 def test_tokenizer_frames_captions_and_gives_them_back():
     tokenizer = train_tokenizer(CAPTIONS, vocab_size=300, max_text_tokens=16)
     ids = tokenizer("Two blue hearts")["input_ids"]
