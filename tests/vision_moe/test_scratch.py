@@ -10,8 +10,8 @@ CAPTIONS = ["A red star.", "Two blue hearts on the grass.", "The circle is green
 
 
 def test_a_caption_is_read_to_its_end():
-    # transformers takes an end token of id 2 for a mistake of old configs, and then reads a caption up to its token of the
-    # highest id, wherever that stands.
+    # transformers takes an end token of id 2 for a mistake of old configs, and then reads a caption up to its token of
+    # the highest id, wherever that stands.
     config = ScratchConfig(
         image_size=16, patch_size=8, hidden_size=16, num_vision_layers=1, num_text_layers=1, num_heads=2
     )
