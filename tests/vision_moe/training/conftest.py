@@ -11,9 +11,9 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="session")
 def small_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 training and 24 test pictures."""
+    """128 training and 24 test pictures."""
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    generate(folder, ScenesArguments(num=96, num_test=24, shard_size=48), num_workers=1, progress=False)
+    generate(folder, ScenesArguments(num=128, num_test=24, shard_size=64), num_workers=1, progress=False)
     return folder
 
 

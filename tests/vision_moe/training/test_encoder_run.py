@@ -152,7 +152,7 @@ def test_another_recipe_in_the_same_folder_is_refused(unbroken, flags):
 
 
 def test_a_set_smaller_than_a_batch_is_refused(flags, tmp_path):
-    with pytest.raises(ValueError, match="96 pictures, fewer than one global batch of 200"):
+    with pytest.raises(ValueError, match="128 pictures, fewer than one global batch of 200"):
         run(parse(TrainConfig, flags(tmp_path / "run", "--global_batch_size", "200")))
 
 
