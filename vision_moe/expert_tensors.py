@@ -15,12 +15,7 @@ EXPERT_NAMES = {
     "experts.down_proj_bias": "fc2.bias",
 }
 # The same for the shared expert.
-SHARED_NAMES = {
-    "shared_expert.up_proj.weight": "fc1.weight",
-    "shared_expert.up_proj.bias": "fc1.bias",
-    "shared_expert.down_proj.weight": "fc2.weight",
-    "shared_expert.down_proj.bias": "fc2.bias",
-}
+SHARED_NAMES = {name.replace("experts.", "shared_expert."): dense for name, dense in EXPERT_NAMES.items()}
 ROUTER_NAMES = ("router.weight", "router.choice_bias")
 
 

@@ -47,14 +47,10 @@ class CLIPMoEPreTrainedModel(CLIPPreTrainedModel):
         elif isinstance(module, Experts | SharedExpert):
             # As CLIPMLP's fc1 and fc2, so that an expert starts as the MLP it replaces would.
             dim, depth = module.config.hidden_size, module.config.num_hidden_layers
-            up, down = module.up_proj, module.down_proj
-            if isinstance(module, SharedExpert):
-                up, down = up.weight, down.weight
-            init.normal_(up, std=(2 * dim) ** -0.5 * factor)
-            init.normal_(down, std=dim**-0.5 * (2 * depth) ** -0.5 * factor)
-            for name, parameter in module.named_parameters():
-                if name.endswith("bias"):
-                    init.zeros_(parameter)
+            init.normal_(module.up_proj, std=(2 * dim) ** -0.5 * factor)
+            init.normal_(module.down_proj, std=dim**-0.5 * (2 * depth) ** -0.5 * factor)
+            init.zeros_(module.up_proj_bias)
+            init.zeros_(module.down_proj_bias)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -97,11 +97,18 @@ class SharedExpert(nn.Module):
 
     def __init__(self, config: ExpertsConfig, expert_dim: int) -> None:
         super().__init__()
+        D = config.hidden_size
         self.config: Any = config
-        self.up_proj = nn.Linear(config.hidden_size, expert_dim)
-        self.down_proj = nn.Linear(expert_dim, config.hidden_size)
+        # As in Experts, and not nn.Linear: transformers skips the initialization of our modules without own parameters.
+        self.up_proj = nn.Parameter(torch.empty(expert_dim, D))
+        self.up_proj_bias = nn.Parameter(torch.zeros(expert_dim))
+        self.down_proj = nn.Parameter(torch.empty(D, expert_dim))
+        self.down_proj_bias = nn.Parameter(torch.zeros(D))
         self.act_fn = ACT2FN[config.hidden_act]
+        nn.init.normal_(self.up_proj, std=(2 * D) ** -0.5)
+        nn.init.normal_(self.down_proj, std=D**-0.5)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Maps float[T, D] to float[T, D]."""
-        return self.down_proj(self.act_fn(self.up_proj(x_TD)))
+        h_TF = self.act_fn(nn.functional.linear(x_TD, self.up_proj, self.up_proj_bias))
+        return nn.functional.linear(h_TF, self.down_proj, self.down_proj_bias)

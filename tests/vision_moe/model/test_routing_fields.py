@@ -76,10 +76,10 @@ def test_new_parts_are_initialized_as_the_experts_are(clip_sizes):
     sizes = {**clip_sizes, "vision_config": {**clip_sizes["vision_config"], **DENSE_PARTS}}
     sizes["vision_config"].update(hidden_size=64, intermediate_size=512)
     mlp = CLIPMoEModel(CLIPMoEModel.config_class(**sizes)).vision_model.encoder.layers[0].mlp
-    assert mlp.shared_expert.up_proj.weight.shape == mlp.experts.up_proj[0].shape == (256, 64)
-    assert mlp.shared_expert.up_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
-    assert mlp.shared_expert.down_proj.weight.std().item() == pytest.approx(64**-0.5 * 4**-0.5, rel=0.05)
-    assert mlp.shared_expert.down_proj.bias.abs().max() == mlp.router.choice_bias.abs().max() == 0
+    assert mlp.shared_expert.up_proj.shape == mlp.experts.up_proj[0].shape == (256, 64)
+    assert mlp.shared_expert.up_proj.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    assert mlp.shared_expert.down_proj.std().item() == pytest.approx(64**-0.5 * 4**-0.5, rel=0.05)
+    assert mlp.shared_expert.down_proj_bias.abs().max() == mlp.router.choice_bias.abs().max() == 0
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])

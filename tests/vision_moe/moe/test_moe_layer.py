@@ -146,7 +146,7 @@ def test_expert_choice_within_a_picture_does_not_depend_on_the_batch(make_layer)
 
 def test_the_shared_expert_adds_its_output_for_every_valid_token(make_layer):
     plain, layer = make_layer(), make_layer(shared_expert=True, expert_dim=24)
-    assert layer.shared_expert.up_proj.weight.shape == (24, 32)
+    assert layer.shared_expert.up_proj.shape == (24, 32)
     assert layer.experts.up_proj.shape == (4, 24, 32)
     layer.experts = plain.experts
     layer.router = plain.router
