@@ -145,6 +145,13 @@ def moe_layers(tower_config: Any) -> list[int]:
 
 def _new_counts(config: Any) -> dict[str, RoutingCounts]:
     towers = {"vision": getattr(config, "vision_config", None), "text": getattr(config, "text_config", None)}
+    for name, tower in towers.items():
+        if tower is not None and moe_layers(tower) and not _chosen_by_logits(tower):
+            raise ValueError(
+                f"utilization is counted from softmax logits, which do not tell the choice of the {name} tower: "
+                f"router_type={tower.router_type}, scoring_func={tower.scoring_func}, "
+                f"router_bias_update_rate={tower.router_bias_update_rate}"
+            )
     counts = {
         name: RoutingCounts(moe_layers(tower), tower.num_experts, tower.num_experts_per_tok)
         for name, tower in towers.items()
@@ -156,6 +163,11 @@ def _new_counts(config: Any) -> dict[str, RoutingCounts]:
             " (vision_moe.upcycle makes one)"
         )
     return counts
+
+
+def _chosen_by_logits(tower: Any) -> bool:
+    plain = tower.router_type == "token_choice" and tower.scoring_func == "softmax"
+    return plain and not tower.router_bias_update_rate
 
 
 def _count_batch(model: Any, batch: dict[str, Any], counts: dict[str, RoutingCounts]) -> None:

@@ -88,10 +88,15 @@ def gather_with_grad(x_BD: Tensor) -> Tensor:
 
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Mean of a tensor over all ranks, without gradient."""
+    return sum_over_ranks(value) / world_size()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks, without gradient."""
     value = value.detach().clone()
     if world_size() > 1:
         dist.all_reduce(value)
-    return value / world_size()
+    return value
 
 
 class _GatherWithGrad(torch.autograd.Function):

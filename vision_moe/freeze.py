@@ -6,7 +6,7 @@ from torch import nn
 from transformers import CLIPModel
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from vision_moe.moe.experts import Experts
+from vision_moe.moe.experts import Experts, SharedExpert
 from vision_moe.moe.router import Router
 
 PARTS = ("all", "text", "ffn", "router", "projections")
@@ -47,7 +47,7 @@ def _modules(model: nn.Module, part: str) -> Iterator[nn.Module]:
         yield model
         return
     for module in model.modules():
-        if (part == "ffn" and isinstance(module, CLIPMLP | Experts)) or (
+        if (part == "ffn" and isinstance(module, CLIPMLP | Experts | SharedExpert)) or (
             part == "router" and isinstance(module, Router)
         ):
             yield module

@@ -23,6 +23,7 @@ from vision_moe.freeze import set_trainable
 from vision_moe.model import CLIPMoEModel
 from vision_moe.muon import MuonAdamW
 from vision_moe.recipe import MoEConfig, StageConfig, TrainConfig
+from vision_moe.router_bias import RouterBiasCallback
 from vision_moe.tracking import MetricsCallback
 from vision_moe.trainer import ContrastiveTrainer, training_arguments
 
@@ -97,7 +98,7 @@ class StageRunner:
             batch_sampler=sampler,
             label_smoothing=stage.config.label_smoothing,
             groups_N=stage.labels_N if isinstance(sampler, ClusterBatchSampler) else None,
-            callbacks=[MetricsCallback(self.config.output, stage.name)],
+            callbacks=[MetricsCallback(self.config.output, stage.name), RouterBiasCallback()],
             # None: the Trainer's AdamW. Under DeepSpeed, which shards what Muon needs whole, it takes no other.
             optimizers=(_muon(model, stage.config) if stage.config.optimizer == "muon" else None, None),
         )

@@ -5,26 +5,20 @@
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
+from vision_moe.expert_tensors import EXPERT_NAMES, ROUTER_NAMES, SHARED_NAMES, expert_part, num_parts
 from vision_moe.model import CLIPMoEConfig, CLIPMoEModel, CLIPMoETextConfig, CLIPMoEVisionConfig
 from vision_moe.model.configuration import MoEFields
 
 logger = logging.getLogger(__name__)
 
 TOWERS = ("vision", "text")
-# Name of an expert tensor in a MoE block -> name of its slice in a dense block; both below `...layers.N.mlp.`.
-EXPERT_NAMES = {
-    "experts.up_proj": "fc1.weight",
-    "experts.up_proj_bias": "fc1.bias",
-    "experts.down_proj": "fc2.weight",
-    "experts.down_proj_bias": "fc2.bias",
-}
 Layers = str | int | Sequence[int]
 Model = TypeVar("Model", CLIPModel, CLIPMoEModel)
 
@@ -37,8 +31,17 @@ def upcycle(
     towers: Iterable[str] = TOWERS,
     router_std: float = 0.02,
     seed: int = 0,
+    **fields: Any,
 ) -> CLIPMoEModel:
     """Makes a CLIP-MoE whose experts are all copies of the dense MLP; it computes what its parent does.
+
+    That holds in evaluation and for every token that none of its experts drops (capacity) or leaves (expert choice).
+
+    With a shared expert, it and the routed experts are copies that give half of the output each.
+
+    With narrow experts (expert_width_factor = 1 / G) the dense MLP is cut into G parts along its hidden dim, and
+    experts nG to nG + G - 1 are these parts. They start with one row of the router, so that a token takes all parts of
+    a copy (virtual groups, He et al. 2024, "Upcycling Large Language Models into Mixture of Experts").
 
     Args:
         dense: the parent, left as it is.
@@ -49,14 +52,16 @@ def upcycle(
         towers: which of "vision" and "text" get mixtures.
         router_std: standard deviation of the routers' initial weights.
         seed: of the routers' initial weights.
+        **fields: further fields of both towers' configs, see `vision_moe.model.configuration.MoEFields`.
 
     Returns:
         a new model with the parent's dtype, device and training mode; it shares no memory with the parent.
 
     Raises:
-        ValueError: if the parent is no dense CLIP, or the layers, the towers or the numbers of experts are invalid.
+        ValueError: if the parent is no dense CLIP, the layers, the towers or the numbers of experts are invalid, or the
+            fields do not let the new model compute what its parent does.
     """
-    return _build([dense] * num_experts, num_experts_per_tok, layers, towers, router_std, seed)
+    return _build([dense] * num_experts, num_experts_per_tok, layers, towers, router_std, seed, fields)
 
 
 def merge_donors(
@@ -98,19 +103,25 @@ def expert_as_dense(moe: CLIPMoEModel, expert: int) -> CLIPModel:
         expert: index j of the expert, valid in each tower that has MoE blocks.
 
     Raises:
-        ValueError: if there is no such expert, or CLIP cannot express the model (no `pre_layernorm`).
+        ValueError: if there is no such expert, or CLIP cannot express the model (no `pre_layernorm`, a shared expert,
+            narrow experts).
     """
     if not moe.config.vision_config.pre_layernorm:
         raise ValueError("transformers' CLIP always has a pre-layernorm, but this image tower has pre_layernorm=False")
     for tower in (moe.config.vision_config, moe.config.text_config):
         if tower.moe_block_indices and not 0 <= expert < tower.num_experts:
             raise ValueError(f"expert must be in [0, {tower.num_experts}), but got {expert}")
+        if tower.moe_block_indices and (tower.shared_expert or tower.expert_width_factor != 1):
+            raise ValueError(
+                f"an expert is a whole MLP only without a shared expert and with expert_width_factor=1, but got "
+                f"shared_expert={tower.shared_expert}, expert_width_factor={tower.expert_width_factor}"
+            )
     state: dict[str, Tensor] = {}
     for name, tensor in moe.state_dict().items():
         prefix, mlp, leaf = name.rpartition(".mlp.")
         if leaf in EXPERT_NAMES:
             state[prefix + mlp + EXPERT_NAMES[leaf]] = tensor[expert].clone()
-        elif leaf != "router.weight":
+        elif leaf not in ROUTER_NAMES:
             state[name] = tensor.clone()
     own = _moe_field_names()
     towers = {
@@ -128,6 +139,7 @@ def _build(
     towers: Iterable[str],
     router_std: float,
     seed: int,
+    fields: Mapping[str, Any] | None = None,
 ) -> CLIPMoEModel:
     """A mixture whose expert j is the MLP of source j, and whose other weights are source 0's."""
     if not sources:
@@ -137,16 +149,24 @@ def _build(
     for source in sources:
         _check_source(source, sources[0])
     base = sources[0]
-    config = _moe_config(base, len(sources), num_experts_per_tok, layers, towers)
+    config = _moe_config(base, len(sources), num_experts_per_tok, layers, towers, fields or {})
+    parts = num_parts(config.vision_config)
+    scale = 0.5 if config.vision_config.shared_expert else 1.0
     states = [source.state_dict() for source in sources]
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(name: str, shape: torch.Size) -> Tensor:
         prefix, mlp, leaf = name.rpartition(".mlp.")
         if leaf in EXPERT_NAMES:
-            return torch.stack([state[prefix + mlp + EXPERT_NAMES[leaf]] for state in states])
+            dense = [state[prefix + mlp + EXPERT_NAMES[leaf]] for state in states]
+            return torch.stack([expert_part(leaf, source, i % parts, parts, scale) for i, source in enumerate(dense)])
+        if leaf in SHARED_NAMES:
+            return expert_part(leaf, states[0][prefix + mlp + SHARED_NAMES[leaf]], 0, 1, scale).clone()
         if leaf == "router.weight":
-            return (torch.randn(shape, generator=generator) * router_std).to(base.dtype)
+            rows = torch.randn(shape[0] // parts, shape[1], generator=generator) * router_std
+            return rows.repeat_interleave(parts, dim=0).to(base.dtype)
+        if leaf == "router.choice_bias":
+            return torch.zeros(shape)
         return states[0][name].clone()
 
     with torch.device("meta"):
@@ -166,9 +186,17 @@ def _load(model_class: type[Model], config: CLIPConfig, state: dict[str, Tensor]
 
 
 def _moe_config(
-    base: CLIPModel, num_experts: int, num_experts_per_tok: int, layers: Layers, towers: Iterable[str]
+    base: CLIPModel,
+    num_experts: int,
+    num_experts_per_tok: int,
+    layers: Layers,
+    towers: Iterable[str],
+    moe_fields: Mapping[str, Any],
 ) -> CLIPMoEConfig:
     towers = tuple(towers)
+    allowed = MoEFields.__dataclass_fields__.keys() - {"num_experts", "num_experts_per_tok", "moe_layers"}
+    if unknown := sorted(moe_fields.keys() - allowed):
+        raise ValueError(f"unknown fields {', '.join(unknown)}; choose among {', '.join(sorted(allowed))}")
     if not towers or not set(towers) <= set(TOWERS):
         raise ValueError(f"towers must be one or both of {', '.join(TOWERS)}, but got {towers}")
 
@@ -178,6 +206,7 @@ def _moe_config(
         dense = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
         return {
             **dense,
+            **moe_fields,
             "num_experts": num_experts,
             "num_experts_per_tok": num_experts_per_tok,
             "moe_layers": moe_layers,

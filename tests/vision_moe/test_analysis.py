@@ -137,6 +137,14 @@ def test_limit_measures_the_first_pairs_only(
     assert limited["towers"]["vision"]["num_tokens"] == 2 * 17
 
 
+@pytest.mark.parametrize("fields", [{"scoring_func": "sigmoid"}, {"router_bias_update_rate": 0.1}], ids=str)
+def test_choices_that_softmax_logits_do_not_tell_are_refused(fields: dict[str, Any]) -> None:
+    vision = {**_TOWER, "image_size": 32, "patch_size": 8, **fields}
+    moe = CLIPMoEModel(CLIPMoEConfig(text_config={**_TOWER, **fields}, vision_config=vision))
+    with pytest.raises(ValueError, match="do not tell the choice of the vision tower"):
+        utilization(moe, None, [])
+
+
 def test_dense_model_is_an_error_that_says_what_to_do(processor: CLIPProcessor) -> None:
     dense = CLIPModel(CLIPConfig(text_config=_TOWER, vision_config={**_TOWER, "image_size": 32, "patch_size": 8}))
     with pytest.raises(ValueError, match="without MoE layers has no experts to count; pass a CLIP-MoE"):

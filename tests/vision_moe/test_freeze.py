@@ -31,7 +31,7 @@ def test_mcl_trains_the_258_118_656_ffn_parameters_of_clip_l14():
 
 
 def test_ffn_of_a_mixture_is_its_experts_and_dense_mlps(make_dense_clip):
-    moe = upcycle(make_dense_clip(0), layers="odd")
+    moe = upcycle(make_dense_clip(0), layers="odd", shared_expert=True)
     counts = set_trainable(moe, "ffn")
     names = trainable_names(moe)
     assert names == {n for n in moe.state_dict() if ".mlp." in n and "router" not in n}

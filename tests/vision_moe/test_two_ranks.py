@@ -1,4 +1,4 @@
-"""Two processes do what one does: contrastive loss and all its gradients, data check, features."""
+"""Two processes do what one does: contrastive loss and all its gradients, data check, features, router biases."""
 
 import os
 import socket
@@ -14,6 +14,8 @@ from torch.nn.functional import normalize
 from vision_moe.contrastive import contrastive_loss
 from vision_moe.data import open_captions
 from vision_moe.features import extract_features
+from vision_moe.router_bias import RouterBiasCallback
+from vision_moe.upcycle import upcycle
 
 WORKER = Path(__file__).with_name("two_ranks.py")
 
@@ -29,6 +31,8 @@ def inputs():
         "texts": torch.randn(8, 7, generator=generator),
         # A group within a rank, one across ranks, and one pair alone.
         "groups": torch.tensor([0, 0, 1, 1, 1, 1, 1, 5]),
+        "input_ids": torch.tensor([[1, 4, 7, 3], [1, 5, 9, 3], [1, 8, 8, 3], [1, 10, 6, 3]]),
+        "pixel_values": torch.randn(4, 3, 32, 32, generator=generator),
     }
 
 
@@ -107,3 +111,16 @@ def test_both_ranks_hold_the_features_that_one_process_extracts(
     for found in results:
         torch.testing.assert_close(found["image"], alone.image_ND)
         torch.testing.assert_close(found["text"], alone.text_ND)
+
+
+def test_router_biases_follow_the_counts_of_all_ranks(inputs, results, make_tiny_clip):
+    fields = {"router_std": 1.0, "router_bias_update_rate": 0.01, "router_bias_update": "z_score"}
+    moe = upcycle(make_tiny_clip(), **fields).train()
+    callback = RouterBiasCallback()
+    callback.on_train_begin(None, None, None, model=moe)
+    moe(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+    callback.on_optimizer_step(None, None, None)
+    expected = {name: tensor for name, tensor in moe.state_dict().items() if name.endswith("choice_bias")}
+    assert len(expected) == 4
+    for found in results:
+        assert all(torch.equal(found[name], bias_E) for name, bias_E in expected.items())

@@ -41,6 +41,35 @@ def test_upcycled_model_computes_what_its_parent_does(make_dense_clip, clip_batc
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"shared_expert": True},
+        {"shared_expert": True, "scoring_func": "sigmoid", "num_experts_per_tok": 1},
+        {"expert_width_factor": 0.5},
+        {"expert_width_factor": 0.25, "num_experts": 12, "num_experts_per_tok": 8, "scoring_func": "sigmoid"},
+        {"expert_width_factor": 1 / 3, "num_experts": 6, "num_experts_per_tok": 3, "router_bias_update_rate": 0.1},
+        {"eval_capacity_factor": 4.0, "batch_priority": True},
+        {
+            "router_type": "expert_choice",
+            "capacity_factor": 2.0,
+            "eval_capacity_factor": 4.0,
+            "router_aux_loss_coef": 0.0,
+            "expert_width_factor": 0.5,
+        },
+    ],
+    ids=str,
+)
+def test_upcycled_model_computes_what_its_parent_does_with_every_kind_of_routing(make_dense_clip, clip_batch, fields):
+    """Where no token is dropped: the capacity factors are the number of experts over that of choices, or above."""
+    dense = make_dense_clip(0)
+    moe = upcycle(dense, router_std=1.0, **fields)
+    with torch.no_grad():
+        expected, actual = dense(**clip_batch), moe(**clip_batch)
+    for name in ("image_embeds", "text_embeds", "logits_per_image"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("layers", "moe_layers"), [("all", [0, 1]), ("odd", [1]), (1, [1]), (9, [0, 1]), ([1, 0], [0, 1])], ids=str
 )
 def test_layers_choose_the_blocks(make_dense_clip, layers, moe_layers):
@@ -150,6 +179,14 @@ def test_weights_of_a_donor_that_the_mixture_drops_are_reported(make_dense_clip,
         ({"towers": ("image",)}, "towers must be one or both of vision, text"),
         ({"num_experts": 2, "num_experts_per_tok": 3}, r"num_experts_per_tok must be in \[1, 2\], but got 3"),
         ({"num_experts": 0}, "num_experts must be at least 1"),
+        ({"norm_topk_prob": False}, "upcycling needs gates that sum to 1"),
+        ({"expert_width_factor": 0.75}, r"must be 1 / a whole number, but got 0\.75"),
+        ({"expert_width_factor": 0.5, "shared_expert": True}, "with a shared expert or narrow experts, not with both"),
+        (
+            {"expert_width_factor": 0.5, "num_experts_per_tok": 3},
+            "must be multiples of 2, a whole MLP, but got 4 and 3",
+        ),
+        ({"expert_width": 0.5}, "unknown fields expert_width; choose among balance_top_k"),
     ],
 )
 def test_impossible_requests_are_refused(make_dense_clip, kwargs, message):
@@ -169,6 +206,8 @@ def test_a_mixture_or_a_donor_of_another_shape_is_refused(make_dense_clip):
         merge_donors(base, [])
     with pytest.raises(ValueError, match=r"expert must be in \[0, 4\), but got 4"):
         expert_as_dense(upcycle(base), 4)
+    with pytest.raises(ValueError, match="an expert is a whole MLP only without a shared expert"):
+        expert_as_dense(upcycle(base, shared_expert=True), 0)
 
 
 def test_a_clip_moe_without_experts_is_a_dense_start(clip_sizes, clip_batch):

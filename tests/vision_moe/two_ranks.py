@@ -15,6 +15,8 @@ from vision_moe.contrastive import contrastive_loss
 from vision_moe.data import open_captions
 from vision_moe.distributed import barrier, gather, is_main, rank, world_size
 from vision_moe.features import extract_features
+from vision_moe.router_bias import RouterBiasCallback
+from vision_moe.upcycle import upcycle
 
 
 class TwoTowers(nn.Module):
@@ -48,6 +50,17 @@ def losses_and_gradients(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return found
 
 
+def choice_biases(dense: CLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The routers' biases after one step of loss-free balancing over this rank's half of the batch."""
+    own = slice(rank() * 2, rank() * 2 + 2)
+    moe = upcycle(dense, router_std=1.0, router_bias_update_rate=0.01, router_bias_update="z_score").train()
+    callback = RouterBiasCallback()
+    callback.on_train_begin(None, None, None, model=moe)
+    moe(input_ids=inputs["input_ids"][own], pixel_values=inputs["pixel_values"][own])
+    callback.on_optimizer_step(None, None, None)
+    return {name: tensor for name, tensor in moe.state_dict().items() if name.endswith("choice_bias")}
+
+
 def main(data: Path, out: Path, model_folder: Path) -> None:
     assert not dist.is_initialized()
     assert world_size() == 2
@@ -57,6 +70,7 @@ def main(data: Path, out: Path, model_folder: Path) -> None:
     found = losses_and_gradients(load_file(out / "inputs.safetensors"))
     found["ranks"] = gather(torch.tensor([rank()]))
     model, processor = CLIPModel.from_pretrained(model_folder), CLIPProcessor.from_pretrained(model_folder)
+    found |= choice_biases(model, load_file(out / "inputs.safetensors"))
     features = extract_features(
         model, dataset, processor, cache_dir=out / "features", batch_size=2, chunk_size=3, fingerprint="x"
     )

@@ -16,9 +16,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from vision_moe.model.configuration import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
-from vision_moe.model.encoder import CLIPMoEEncoder, CLIPMoEEncoderLayer, tower_aux_loss
+from vision_moe.model.encoder import CLIPMoEEncoder, CLIPMoEEncoderLayer, EncoderOutput, tower_aux_loss
 from vision_moe.model.outputs import CLIPMoEOutput, CLIPMoETowerOutput
-from vision_moe.moe.experts import Experts
+from vision_moe.moe.experts import Experts, SharedExpert
 from vision_moe.moe.router import Router
 
 
@@ -34,13 +34,17 @@ class CLIPMoEPreTrainedModel(CLIPPreTrainedModel):
         "router_logits": OutputRecorder(CLIPMoEEncoderLayer, index=1),
     }
 
+    _keep_in_fp32_modules_strict = ["choice_bias"]  # noqa: RUF012
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         factor = self.config.initializer_factor
         if isinstance(module, Router):
             init.normal_(module.weight, std=self.config.get_text_config().initializer_range * factor)
-        elif isinstance(module, Experts):
+            if module.choice_bias is not None:
+                init.zeros_(module.choice_bias)
+        elif isinstance(module, Experts | SharedExpert):
             # As CLIPMLP's fc1 and fc2, so that an expert starts as the MLP it replaces would.
             dim, depth = module.config.hidden_size, module.config.num_hidden_layers
             init.normal_(module.up_proj, std=(2 * dim) ** -0.5 * factor)
@@ -57,9 +61,18 @@ class CLIPMoEPreTrainedModel(CLIPPreTrainedModel):
         """The implementation asked for, or "eager", which is the fast one here: see vision_moe.moe.experts."""
         return super().get_correct_experts_implementation(requested_experts or "eager")
 
-    def _wants_aux_loss(self, kwargs: dict[str, Any]) -> bool:
+    def _routing_fields(
+        self, encoded: EncoderOutput, mask_BS: Tensor | None, kwargs: dict[str, Any]
+    ) -> dict[str, Tensor | None]:
+        """A tower's aux loss and counts, where they are wanted."""
         wants_logits = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
-        return self.training or bool(wants_logits)
+        if not (self.training or wants_logits):
+            return {}
+        return {
+            "aux_loss": tower_aux_loss(self.config, encoded, mask_BS),
+            "tokens_per_expert": encoded.tokens_per_expert,
+            "dropped_fraction": encoded.dropped_fraction,
+        }
 
 
 class CLIPMoEVisionModel(CLIPMoEPreTrainedModel, CLIPVisionModel):
@@ -97,7 +110,7 @@ class CLIPMoEVisionModel(CLIPMoEPreTrainedModel, CLIPVisionModel):
         return CLIPMoETowerOutput(
             last_hidden_state=encoded.last_hidden_state,
             pooler_output=self.post_layernorm(encoded.last_hidden_state[:, 0]),
-            aux_loss=tower_aux_loss(self.config, encoded, None) if self._wants_aux_loss(kwargs) else None,
+            **self._routing_fields(encoded, None, kwargs),
         )
 
 
@@ -147,7 +160,7 @@ class CLIPMoETextModel(CLIPMoEPreTrainedModel, CLIPTextModel):
         return CLIPMoETowerOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=last_hidden_state[rows_B, self._end_positions(input_ids)],
-            aux_loss=tower_aux_loss(self.config, encoded, mask_BS) if self._wants_aux_loss(kwargs) else None,
+            **self._routing_fields(encoded, mask_BS, kwargs),
         )
 
     def _end_positions(self, input_ids: Tensor) -> Tensor:

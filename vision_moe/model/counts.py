@@ -13,7 +13,8 @@ class ParameterCounts(NamedTuple):
 
     Attributes:
         total: all of them.
-        activated: those that one token passes: a MoE block counts its router and K of its E experts.
+        activated: those that one token passes: a MoE block counts its router, its shared expert and K of its E
+            experts; with expert choice eval_capacity_factor of them, which is the mean over tokens.
     """
 
     total: int
@@ -27,5 +28,6 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     for module in model.modules():
         if isinstance(module, MoEMLP):
             experts = sum(parameter.numel() for parameter in module.experts.parameters())
-            idle += experts * (1 - Fraction(module.router.top_k, module.router.num_experts))
+            active = Fraction(module.eval_capacity_factor or 0) if module.expert_choice else module.router.top_k
+            idle += experts * max(Fraction(0), 1 - Fraction(active, module.router.num_experts))
     return ParameterCounts(total, int(total - idle))

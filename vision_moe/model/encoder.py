@@ -1,6 +1,6 @@
 """The blocks of a CLIP-MoE tower: CLIP's, with some MLPs replaced by mixtures.
 
-B batch, S sequence, D model dim, E experts, L MoE blocks.
+B batch, S sequence, D model dim, E experts, L MoE blocks of a tower.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ class CLIPMoEEncoderLayer(CLIPEncoderLayer):
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, mask_BS: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """One block.
 
         Args:
@@ -36,16 +36,17 @@ class CLIPMoEEncoderLayer(CLIPEncoderLayer):
             **kwargs: passed on to the attention.
 
         Returns:
-            hidden states float[B, S, D]; router logits and noisy router logits, float32[B, S, E] or None. They are
-            returned, and not collected by hooks, so that a checkpointed block that runs twice counts once.
+            hidden states float[B, S, D], then what `MoEOutput` holds, None for a dense MLP: router logits, noisy router
+            logits, tokens per expert, dropped fraction. They are returned, and not collected by hooks, so that a
+            checkpointed block that runs twice counts once.
         """
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs)
         hidden_states = hidden_states + attended
         normed = self.layer_norm2(hidden_states)
         if not isinstance(self.mlp, MoEMLP):
-            return hidden_states + self.mlp(normed), None, None
+            return hidden_states + self.mlp(normed), None, None, None, None
         moe = self.mlp(normed, mask_BS)
-        return hidden_states + moe.hidden_states_BSD, moe.router_logits_BSE, moe.noisy_logits_BSE
+        return hidden_states + moe.hidden_states_BSD, *moe[1:]
 
 
 class EncoderOutput(NamedTuple):
@@ -55,11 +56,15 @@ class EncoderOutput(NamedTuple):
         last_hidden_state: float[B, S, D].
         router_logits: L tensors float32[B, S, E], noise-free.
         noisy_logits: L tensors float32[B, S, E], or none where no noise was drawn.
+        tokens_per_expert: int64[L, E], choices of valid tokens, before any is dropped; None for a dense tower.
+        dropped_fraction: float32[L], see `MoEOutput`; None for a dense tower.
     """
 
     last_hidden_state: Tensor
     router_logits: tuple[Tensor, ...]
     noisy_logits: tuple[Tensor, ...]
+    tokens_per_expert: Tensor | None
+    dropped_fraction: Tensor | None
 
 
 class CLIPMoEEncoder(nn.Module):
@@ -78,14 +83,25 @@ class CLIPMoEEncoder(nn.Module):
         **kwargs: Any,
     ) -> EncoderOutput:
         """All blocks in turn; arguments as in `CLIPMoEEncoderLayer`."""
-        router_logits, noisy_logits = [], []
+        router_logits, noisy_logits, tokens_per_expert, dropped = [], [], [], []
         for layer in self.layers:
-            hidden_states, logits_BSE, noisy_BSE = layer(hidden_states, attention_mask, mask_BS, **kwargs)
+            hidden_states, logits_BSE, noisy_BSE, tokens_E, fraction = layer(
+                hidden_states, attention_mask, mask_BS, **kwargs
+            )
             if logits_BSE is not None:
                 router_logits.append(logits_BSE)
+                tokens_per_expert.append(tokens_E)
+                # Re-entrant checkpointing marks every float that leaves a block as differentiable.
+                dropped.append(fraction.detach())
             if noisy_BSE is not None:
                 noisy_logits.append(noisy_BSE)
-        return EncoderOutput(hidden_states, tuple(router_logits), tuple(noisy_logits))
+        return EncoderOutput(
+            hidden_states,
+            tuple(router_logits),
+            tuple(noisy_logits),
+            torch.stack(tokens_per_expert) if tokens_per_expert else None,
+            torch.stack(dropped) if dropped else None,
+        )
 
 
 def tower_aux_loss(config: TowerConfig, encoded: EncoderOutput, mask_BS: Tensor | None) -> Tensor:
@@ -105,6 +121,7 @@ def tower_aux_loss(config: TowerConfig, encoded: EncoderOutput, mask_BS: Tensor 
             mask_T,
             top_k=config.num_experts_per_tok,
             noise_std=config.router_noise_std / config.num_experts,
+            scoring_func=config.scoring_func,
             weights=config.aux_loss_weights,
         )
         for logits_BSE, noisy_BSE in zip(encoded.router_logits, noisy_logits, strict=True)

@@ -15,15 +15,23 @@ class CLIPMoETowerOutput(BaseModelOutputWithPooling):
         router_logits: one float32[B, S, E] per MoE block, noise-free, zero at padding; with output_router_logits.
         aux_loss: float32 scalar, coefficients applied, mean over the tower's MoE blocks; in training or with
             output_router_logits.
+        tokens_per_expert: int64[L, E], choices of valid tokens per MoE block and expert, before any is dropped; when
+            `aux_loss` is, and not for a dense tower.
+        dropped_fraction: float32[L], share of the valid tokens' choices that no expert computed for want of capacity
+            (of the tokens, with expert choice); as `tokens_per_expert`.
     """
 
     router_logits: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
+    tokens_per_expert: Tensor | None = None
+    dropped_fraction: Tensor | None = None
 
 
 @dataclass
 class CLIPMoEOutput(CLIPOutput):
-    """Output of `CLIPMoEModel`; beyond `transformers.models.clip.modeling_clip.CLIPOutput`:
+    """Output of `CLIPMoEModel`; its towers' outputs hold what is counted per MoE block.
+
+    Beyond `transformers.models.clip.modeling_clip.CLIPOutput`:
 
     Attributes:
         loss: contrastive loss of this process's batch plus `aux_loss`, where that is computed; with return_loss.

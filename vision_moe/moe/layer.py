@@ -1,22 +1,33 @@
-"""MoEMLP: router -> experts, in the place of a transformer block's MLP.
+"""MoEMLP: router -> dispatch -> experts, in the place of a transformer block's MLP.
 
-B batch, S sequence, T = B * S tokens, D model dim, E experts.
+B batch, S sequence, T = B * S tokens, D model dim, E experts, K choices per token.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from vision_moe.moe.experts import Experts, ExpertsConfig
-from vision_moe.moe.router import Router
+from vision_moe.moe.dispatch import count_tokens, drop_overflow, expert_choice, group_tokens
+from vision_moe.moe.experts import Experts, ExpertsConfig, SharedExpert
+from vision_moe.moe.router import Router, RouterOutput
 
 
 class RoutedConfig(ExpertsConfig):
-    """The fields that `MoEMLP` reads."""
+    """The fields that `MoEMLP` reads; vision_moe.model.configuration says what they do."""
 
     num_experts_per_tok: int
     norm_topk_prob: bool
     router_noise_std: float
+    router_type: str
+    scoring_func: str
+    capacity_factor: float | None
+    eval_capacity_factor: float | None
+    capacity_group_size: int | None
+    batch_priority: bool
+    router_bias_update_rate: float | None
+    shared_expert: bool
+    expert_dim: int
 
 
 class MoEOutput(NamedTuple):
@@ -26,26 +37,42 @@ class MoEOutput(NamedTuple):
         hidden_states_BSD: float[B, S, D] in the input's dtype; zero at padding.
         router_logits_BSE: float32[B, S, E], noise-free; zero at padding.
         noisy_logits_BSE: float32[B, S, E], the logits that chose the experts; None where no noise was drawn.
+        tokens_per_expert_E: int64[E], choices of valid tokens, before any is dropped.
+        dropped_fraction: float32 scalar, share of the valid tokens' K choices that no expert computed; with expert
+            choice, of the valid tokens that no expert took.
     """
 
     hidden_states_BSD: Tensor
     router_logits_BSE: Tensor
     noisy_logits_BSE: Tensor | None
+    tokens_per_expert_E: Tensor
+    dropped_fraction: Tensor
 
 
 class MoEMLP(nn.Module):
-    """A sparse MLP: each token is the gate-weighted sum of its top-k experts; dropless, no shared expert."""
+    """A sparse MLP: each token is the gate-weighted sum of its experts, plus the shared expert where there is one."""
 
     def __init__(self, config: RoutedConfig) -> None:
         super().__init__()
+        self.expert_choice = config.router_type == "expert_choice"
+        self.capacity_factor = config.capacity_factor
+        self.eval_capacity_factor = config.eval_capacity_factor
+        self.capacity_group_size = config.capacity_group_size
+        self.batch_priority = config.batch_priority
         self.router = Router(
             config.hidden_size,
             config.num_experts,
             config.num_experts_per_tok,
             normalize=config.norm_topk_prob,
             noise_std=config.router_noise_std,
+            scoring_func=config.scoring_func,
+            choice_bias=bool(config.router_bias_update_rate),
         )
-        self.experts = Experts(config)
+        self.experts = Experts(config, config.expert_dim)
+        if self.expert_choice or self.capacity_factor is not None or self.eval_capacity_factor is not None:
+            # transformers' name for "slots may name an expert that is not here"; its implementations then skip them.
+            self.experts._is_expert_parallel = True
+        self.shared_expert = SharedExpert(config, config.expert_dim) if config.shared_expert else None
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
         """Routes each valid token to its experts.
@@ -59,7 +86,11 @@ class MoEMLP(nn.Module):
         if valid_V is not None:
             x_TD = x_TD.index_select(0, valid_V)
         routed = self.router(x_TD)
-        y_TD = self.experts(x_TD, routed.topk_experts_TK, routed.topk_gates_TK)
+        token_T = torch.arange(len(x_TD), device=x_TD.device) if valid_V is None else valid_V
+        experts_TK, gates_TK = self._dispatch(routed, token_T // x_BSD.shape[1], x_BSD.shape[0])
+        y_TD = self.experts(x_TD, experts_TK, gates_TK)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD).to(y_TD.dtype)
 
         def unflatten(rows_TX: Tensor) -> Tensor:
             if valid_V is not None:
@@ -68,8 +99,32 @@ class MoEMLP(nn.Module):
             return rows_TX.unflatten(0, x_BSD.shape[:2])
 
         noisy_TE = routed.noisy_logits_TE
+        chosen_TK = experts_TK if self.expert_choice else routed.topk_experts_TK
         return MoEOutput(
             unflatten(y_TD),
             unflatten(routed.router_logits_TE),
             None if noisy_TE is None else unflatten(noisy_TE),
+            count_tokens(chosen_TK, self.router.num_experts),
+            self._dropped_fraction(experts_TK),
         )
+
+    def _dispatch(self, routed: RouterOutput, row_T: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Experts and gates of the slots to compute; see vision_moe.moe.dispatch for those that are not."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None:
+            return routed.topk_experts_TK, routed.topk_gates_TK
+        E, K = self.router.num_experts, self.router.top_k
+        groups = group_tokens(row_T, num_rows, self.capacity_group_size)
+        if self.expert_choice:
+            capacity_G = groups.capacity(factor / E)
+            return expert_choice(routed.gates_TE, groups, capacity_G, normalize=self.router.normalize)
+        # The raw gate and not the first of K, which is 1 for K = 1 when the gates are normalized.
+        priority_T = routed.gates_TE.detach().amax(dim=-1) if self.batch_priority else None
+        capacity_G = groups.capacity(factor * K / E)
+        return drop_overflow(routed.topk_experts_TK, routed.topk_gates_TK, E, groups, capacity_G, priority_T)
+
+    def _dropped_fraction(self, experts_TK: Tensor) -> Tensor:
+        dropped_TK = experts_TK == self.router.num_experts
+        if self.expert_choice:
+            dropped_TK = dropped_TK.all(dim=-1)
+        return dropped_TK.sum() / max(1, dropped_TK.numel())

@@ -154,6 +154,7 @@ def aux_loss(
     top_k: int,
     noise_std: float,
     weights: AuxLossWeights,
+    scoring_func: str = "softmax",
 ) -> Tensor:
     """Weighted sum of the router losses of one MoE block.
 
@@ -164,8 +165,13 @@ def aux_loss(
         top_k: K.
         noise_std: sigma of the noise, as added to the logits.
         weights: the coefficients.
+        scoring_func: of the router. With "sigmoid" the gates of all losses are the scores divided by their sum
+            (DeepSeek-V3, eq. 19).
     """
     logits_TE = _valid(router_logits_TE, mask_T).float()
+    if scoring_func == "sigmoid":
+        # The softmax of these is the sigmoids over their sum, and their order is that of the logits.
+        logits_TE = torch.nn.functional.logsigmoid(logits_TE)
     noisy_TE = None if noisy_logits_TE is None else _valid(noisy_logits_TE, mask_T).float()
     gates_TE = logits_TE.softmax(dim=-1)
     terms = [logits_TE.new_zeros(())]

@@ -19,24 +19,6 @@ ALL_LOSSES = {
 }
 
 
-@pytest.fixture
-def make_moe(clip_sizes):
-    """Makes a tiny CLIP-MoE in evaluation mode; the fields go to both towers."""
-
-    def make(seed=0, **fields):
-        sizes = copy.deepcopy(clip_sizes)
-        for tower in ("vision_config", "text_config"):
-            sizes[tower].update(fields)
-        torch.manual_seed(seed)
-        model = CLIPMoEModel(CLIPMoEConfig(**sizes)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        return model
-
-    return make
-
-
 def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 

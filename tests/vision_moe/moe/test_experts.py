@@ -33,8 +33,10 @@ def make_routing(T, E, K, D):
 def loop_over_tokens(experts, x_TD, experts_TK, gates_TK):
     rows = []
     for x_D, chosen_K, gates_K in zip(x_TD, experts_TK.tolist(), gates_TK, strict=True):
-        row = 0
+        row = torch.zeros_like(x_D)
         for expert, gate in zip(chosen_K, gates_K, strict=True):
+            if expert == len(experts.up_proj):
+                continue
             h_F = experts.up_proj[expert] @ x_D + experts.up_proj_bias[expert]
             h_F = h_F * torch.sigmoid(1.702 * h_F)
             row = row + gate * (experts.down_proj[expert] @ h_F + experts.down_proj_bias[expert])
@@ -59,6 +61,30 @@ def test_implementations_equal_a_loop_over_tokens_with_all_gradients(implementat
     expected = run(lambda: loop_over_tokens(experts, x_TD, experts_TK, gates_TK), experts, x_TD, gates_TK, upstream_TD)
     for mine, truth in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_slots_of_the_expert_past_the_last_are_skipped_with_no_gradient_to_their_gates(implementation):
+    """The loop skips them; token 0 keeps no slot, and one slot of a dropped token names a gate that is not 0."""
+    torch.manual_seed(0)
+    experts = make_experts(4, 16, 24, implementation)
+    experts._is_expert_parallel = True
+    x_TD, experts_TK, gates_TK = make_routing(9, 4, 3, 16)
+    experts_TK[0] = experts_TK[2, 1] = experts_TK[5, 0] = 4
+    upstream_TD = torch.randn(9, 16)
+    actual = run(lambda: experts(x_TD, experts_TK, gates_TK), experts, x_TD, gates_TK, upstream_TD)
+    expected = run(lambda: loop_over_tokens(experts, x_TD, experts_TK, gates_TK), experts, x_TD, gates_TK, upstream_TD)
+    for mine, truth in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5)
+    assert actual[0][0].abs().max() == 0
+
+
+def test_skipped_slots_are_not_computed():
+    experts = make_experts(4, 8, 16)
+    rows = []
+    experts.act_fn.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    experts(torch.randn(3, 8), torch.tensor([[0, 4], [4, 4], [2, 0]]), torch.ones(3, 2))
+    assert rows == [2, 0, 1, 0]
 
 
 def test_autograd_agrees_with_finite_differences():

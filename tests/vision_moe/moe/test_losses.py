@@ -169,3 +169,16 @@ def test_aux_loss_balances_first_choices_by_default():
     actual = aux_loss(logits_TE, None, None, top_k=2, noise_std=0.0, weights=AuxLossWeights(load_balance=1.0))
     expected = load_balance_loss(logits_TE.softmax(dim=-1), logits_TE.argmax(dim=-1, keepdim=True))
     torch.testing.assert_close(actual, expected)
+
+
+def test_aux_losses_of_sigmoid_scores_take_the_scores_over_their_sum():
+    logits_TE = torch.randn(20, 4)
+    weights = AuxLossWeights(load_balance=0.5, importance=0.2, local_entropy=0.7)
+    gates_TE = logits_TE.sigmoid() / logits_TE.sigmoid().sum(dim=-1, keepdim=True)
+    expected = (
+        0.5 * load_balance_loss(gates_TE, logits_TE.argmax(dim=-1, keepdim=True))
+        + 0.2 * importance_loss(gates_TE)
+        + 0.7 * torch.special.entr(gates_TE).sum(dim=-1).mean()
+    )
+    actual = aux_loss(logits_TE, None, None, top_k=2, noise_std=0.0, weights=weights, scoring_func="sigmoid")
+    torch.testing.assert_close(actual, expected)

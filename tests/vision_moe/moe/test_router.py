@@ -61,3 +61,45 @@ def test_noise_is_drawn_in_training_only_and_leaves_the_clean_logits():
 def test_impossible_top_k_is_refused(top_k):
     with pytest.raises(ValueError, match=rf"top_k={top_k} with num_experts=4"):
         Router(8, 4, top_k)
+
+
+def test_hand_worked_sigmoid_gates():
+    """Logits 0, ln 3, -ln 3: scores 1/2, 3/4, 1/4; the top two are 3/4 and 1/2, or 3/5 and 2/5 normalized."""
+    x_TD = torch.tensor([[1.0, 3.0, 1 / 3]]).log()
+    for normalize, expected in ((False, [3 / 4, 1 / 2]), (True, [3 / 5, 2 / 5])):
+        router = Router(3, 3, 2, normalize=normalize, scoring_func="sigmoid")
+        torch.nn.init.eye_(router.weight)
+        out = router(x_TD)
+        assert out.topk_experts_TK.tolist() == [[1, 0]]
+        torch.testing.assert_close(out.topk_gates_TK, torch.tensor([expected]))
+        torch.testing.assert_close(out.gates_TE, torch.tensor([[1 / 2, 3 / 4, 1 / 4]]))
+
+
+def test_choice_bias_changes_the_choice_and_not_the_gates():
+    """Gates 1/8, 2/8, 5/8 with a bias of 0.6 on the first: 0.725, 0.25, 0.625 choose experts 0 and 2."""
+    router = Router(3, 3, 2, choice_bias=True)
+    torch.nn.init.eye_(router.weight)
+    x_TD = torch.tensor([[1.0, 2.0, 5.0]]).log()
+    assert router(x_TD).topk_experts_TK.tolist() == [[2, 1]]
+    router.choice_bias[0] = 0.6
+    out = router(x_TD)
+    assert out.topk_experts_TK.tolist() == [[0, 2]]
+    torch.testing.assert_close(out.topk_gates_TK, torch.tensor([[1 / 6, 5 / 6]]))
+    torch.testing.assert_close(out.gates_TE, torch.tensor([[1 / 8, 2 / 8, 5 / 8]]))
+
+
+def test_choice_bias_is_saved_is_no_parameter_and_survives_a_cast_bit_for_bit():
+    router = Router(8, 4, 2, choice_bias=True)
+    router.choice_bias.copy_(torch.tensor([0.1234567, -1e-6, 0.0, 3.0]))
+    before = router.choice_bias.clone()
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+    assert set(router.state_dict()) == {"weight", "choice_bias"}
+    router.to(torch.bfloat16)
+    assert router.weight.dtype == torch.bfloat16
+    assert torch.equal(router.choice_bias, before)
+    assert set(Router(8, 4, 2).state_dict()) == {"weight"}
+
+
+def test_unknown_scores_are_refused():
+    with pytest.raises(ValueError, match="scoring_func must be 'softmax' or 'sigmoid', but got 'tanh'"):
+        Router(8, 4, 2, scoring_func="tanh")
