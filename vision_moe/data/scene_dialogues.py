@@ -16,8 +16,8 @@ Record = dict[str, object]
 MAX_POPE_PICTURES = 500
 NUM_OPEN_QUESTIONS = 3
 NUM_COUNTING_QUESTIONS = 3
-# Half of the counting questions are about kinds that are not there. Whoever learns to look for what to count learns
-# to find nothing, too; a bare yes or no teaches that much more slowly (docs/log.md).
+# Half of the counting questions are about kinds that are not there, so that whoever looks for what to count must also
+# notice when there is nothing to find.
 ABSENT_SHARE = 0.5
 # Rounds of one question of each POPE category and one about another factor: a picture costs far more than a question.
 QUESTION_ROUNDS = 3
