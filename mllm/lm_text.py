@@ -126,14 +126,8 @@ def encode_dialogue(
 
 def encode_chain(sample: Sample, picture: str | None, tokenizer: PreTrainedTokenizerBase) -> Row:
     """A dialogue as it is: one segment."""
-    input_ids, labels = encode_dialogue(sample, picture, tokenizer)
-    length = len(input_ids)
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "position_ids": list(range(length)),
-        "segments": [0] * length,
-    }
+    encoded = encode_dialogue(sample, picture, tokenizer)
+    return _join([(encoded, range(len(encoded[0])))])
 
 
 def encode_tree(sample: Sample, picture: str | None, tokenizer: PreTrainedTokenizerBase) -> Row:
@@ -144,17 +138,18 @@ def encode_tree(sample: Sample, picture: str | None, tokenizer: PreTrainedTokeni
     first, first_labels = encoded[0]
     unlabelled = next(index for index, label in enumerate(first_labels) if label != IGNORE_INDEX)
     trunk = _common_length([first[:unlabelled], *(ids for ids, _ in encoded)])
-    row: Row = {
-        "input_ids": first[:trunk],
-        "labels": first_labels[:trunk],
-        "position_ids": list(range(trunk)),
-        "segments": [0] * trunk,
-    }
-    for number, (ids, labels) in enumerate(encoded, start=1):
-        row["input_ids"] += ids[trunk:]
-        row["labels"] += labels[trunk:]
-        row["position_ids"] += range(trunk, len(ids))
-        row["segments"] += [number] * (len(ids) - trunk)
+    branches = [(pair, range(trunk, len(pair[0]))) for pair in encoded]
+    return _join([(encoded[0], range(trunk)), *branches])
+
+
+def _join(segments: list[tuple[tuple[list[int], list[int]], range]]) -> Row:
+    """A row of segments: each the ids and labels of a dialogue, and the positions of it that belong to the row."""
+    row: Row = {"input_ids": [], "labels": [], "position_ids": [], "segments": []}
+    for number, ((ids, labels), positions) in enumerate(segments):
+        row["input_ids"] += [ids[position] for position in positions]
+        row["labels"] += [labels[position] for position in positions]
+        row["position_ids"] += positions
+        row["segments"] += [number] * len(positions)
     return row
 
 

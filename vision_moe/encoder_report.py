@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModel, CLIPProcessor
 
 from vision_moe.data.captions import CaptionDataset, open_captions
+from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.factors import factor_accuracy
 from vision_moe.files import write_json, write_text
 from vision_moe.recipe import TrainConfig
@@ -27,24 +28,28 @@ _NAMES = {
 
 def write_report(
     config: TrainConfig, models: dict[str, Path], processor: CLIPProcessor, dataset: CaptionDataset
-) -> dict[str, Any]:
-    """Evaluates every model and writes `results.json` and `report.md` into the run's folder.
+) -> None:
+    """Evaluates every model, each on one rank, and writes `results.json` and `report.md` into the run's folder.
+
+    The scores of a model stand in `scores.json` beside its stage, so that a killed run does not measure it again.
 
     Args:
         config: the recipe.
         models: model folders by stage name.
         processor: of all of them.
         dataset: pictures to evaluate on, see `open_eval_data`.
-
-    Returns:
-        What `results.json` holds.
     """
-    saved = config.output / "results.json"
-    rows: dict[str, Any] = json.loads(saved.read_text())["models"] if saved.is_file() else {}
-    for name, folder in models.items():
-        if name not in rows:
+    for number, (name, folder) in enumerate(models.items()):
+        scores = _scores_file(folder)
+        if number % world_size() == rank() and not scores.is_file():
             logger.info("evaluating %s on %d pictures", name, len(dataset))
-            rows[name] = _evaluate(config, folder, processor, dataset)
+            write_json(scores, _evaluate(config, folder, processor, dataset))
+    barrier()
+    if is_main():
+        _write_tables(config, {name: json.loads(_scores_file(folder).read_text()) for name, folder in models.items()})
+
+
+def _write_tables(config: TrainConfig, rows: dict[str, Any]) -> None:
     results = {
         "data": str(config.data.eval or config.data.train),
         "split": config.data.eval_split,
@@ -53,11 +58,14 @@ def write_report(
         "stages": finished_stages(config.output),
         "models": rows,
     }
-    write_json(saved, results)
+    write_json(config.output / "results.json", results)
     report = config.output / "report.md"
     write_text(report, render(results))
     logger.info("report: %s", report)
-    return results
+
+
+def _scores_file(model_folder: Path) -> Path:
+    return model_folder.parent / "scores.json"
 
 
 def render(results: dict[str, Any]) -> str:

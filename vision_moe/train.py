@@ -64,11 +64,7 @@ def run(config: TrainConfig) -> dict[str, Path]:
             models["sparse_upcycling"] = runner.run(stage, partial(_sparse_upcycling, config, start))
         elif method == "dmu":
             models |= run_dmu(runner, start)
-    # By all ranks, which wait for each other in it; the rest is rank 0's.
-    pictures = open_eval_data(config)
-    if is_main():
-        write_report(config, models, processor, pictures)
-    barrier()
+    write_report(config, models, processor, open_eval_data(config))
     return models
 
 
