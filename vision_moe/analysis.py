@@ -2,8 +2,7 @@
 
     python -m vision_moe.analysis --model DIR --data SHARDS --split test --output DIR
 
-writes `utilization.json` and `utilization.png` (layers x experts, one heat map per tower; of a LIMoE, which has one tower,
-one per modality).
+writes `utilization.json` and `utilization.png` (layers x experts, one heat map per tower, or per modality of a LIMoE).
 
 Shapes: B batch, S sequence, T valid tokens, E experts, K experts chosen per token, L MoE layers of a tower.
 """
@@ -117,8 +116,8 @@ def utilization(
         num_workers: data loading processes.
 
     Returns:
-        {"num_samples", "towers": {"vision" | "text": tower}}, of a LIMoE one for each modality. A dense tower is absent;
-        a tower holds
+        {"num_samples", "towers": {"vision" | "text": tower}}; a LIMoE's modalities are told as towers. A dense tower is
+        absent; a tower holds
         "layers" (block indices), "num_experts", "top_k", "num_tokens" (class token included, padding not);
         per layer and expert "tokens_top_k" (first to k-th choice counted alike, the paper's measure),
         "tokens_top_1" (first choice), their shares of the tokens "share_top_k" (a row sums to k) and
@@ -154,10 +153,8 @@ def moe_layers(tower_config: Any) -> list[int]:
 
 
 def _new_counts(config: Any) -> dict[str, RoutingCounts]:
-    if isinstance(config, LIMoEConfig):
-        towers = {"vision": config, "text": config}
-    else:
-        towers = {"vision": getattr(config, "vision_config", None), "text": getattr(config, "text_config", None)}
+    one_tower = config if isinstance(config, LIMoEConfig) else None
+    towers: dict[str, Any] = {name: getattr(config, f"{name}_config", one_tower) for name in ("vision", "text")}
     for name, tower in towers.items():
         if tower is not None and moe_layers(tower) and not _chosen_by_logits(tower):
             raise ValueError(

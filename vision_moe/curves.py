@@ -1,7 +1,7 @@
 """Training curves of several runs in one picture.
 
-    python -m vision_moe.curves --runs '{"entropy losses": "outputs/limoe/metrics.jsonl", "control": "outputs/limoe_control/metrics.jsonl"}' \\
-        --output outputs/limoe_routing.png
+    python -m vision_moe.curves --output outputs/limoe_routing.png \\
+        --runs '{"entropy losses": "outputs/limoe/metrics.jsonl", "control": "outputs/limoe_control/metrics.jsonl"}'
 
 draws what the keys name; without --keys the routing of a LIMoE's modalities (vision_moe.modality_routing).
 """

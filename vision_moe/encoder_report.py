@@ -18,6 +18,7 @@ from vision_moe.model import LIMoEModel
 from vision_moe.recipe import TrainConfig
 from vision_moe.retrieval import retrieval
 from vision_moe.stages import finished_stages
+from vision_moe.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,10 @@ def _evaluate(config: TrainConfig, folder: Path, processor: CLIPProcessor, datas
             model, processor, dataset, limit=config.factor_pictures, batch_size=batch, autocast_dtype=dtype
         )
     if isinstance(model, LIMoEModel):
-        row["routing"] = utilization(model, processor, dataset, batch_size=batch)
+        routing = utilization(model, processor, dataset, batch_size=batch)
+        stage = folder.parent.name
+        logged = [entry for entry in read_metrics(config.output / "metrics.jsonl") if entry["stage"] == stage]
+        row["routing"] = {**routing, "training": next(entry for entry in reversed(logged) if "loss" in entry)}
     return row
 
 

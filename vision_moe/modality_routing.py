@@ -63,23 +63,25 @@ def modality_table(label: str, result: dict[str, Any]) -> list[str]:
 
     Args:
         label: the model's name.
-        result: of `vision_moe.analysis.utilization` on a LIMoE.
+        result: of `vision_moe.analysis.utilization` on a LIMoE, with the last logged step under "training".
     """
-    towers = result["towers"]
-    num_experts = towers["text"]["num_experts"]
+    towers, training = result["towers"], result["training"]
+    num_experts, top_k = towers["text"]["num_experts"], towers["text"]["top_k"]
+    columns = [*(str(expert) for expert in range(num_experts)), "experts used", "routing entropy", "gate entropy"]
     lines = [
-        f"Experts by modality, {label}, on {result['num_samples']:,} pairs: share of {towers['vision']['num_tokens']:,} "
-        f"image tokens and {towers['text']['num_tokens']:,} text tokens that choose each expert, in % (even: "
-        f"{100 * towers['text']['top_k'] / num_experts:.1f}). Routing entropy is that of the mean gate (at most ln "
-        f"{num_experts} = {math.log(num_experts):.2f}), gate entropy the mean over tokens.",
+        f"Experts by modality, {label}, on {result['num_samples']:,} pairs: the share of "
+        f"{towers['vision']['num_tokens']:,} image tokens and of {towers['text']['num_tokens']:,} text tokens that "
+        f"choose each expert, in % (even: {100 * top_k / num_experts:.1f}). Routing entropy is that of the mean gate (at "
+        f"most ln {num_experts} = {math.log(num_experts):.2f}), gate entropy the mean over tokens; dropped is the share "
+        f"of choices without a place, in %, when step {training['step']} of the training was logged.",
         "",
-        f"| block | tokens | {' | '.join(str(expert) for expert in range(num_experts))} | experts used | "
-        "routing entropy | gate entropy | dropped |",
-        "| --- | --- |" + " --- |" * (num_experts + 4),
+        f"| block | tokens | {' | '.join(columns)} | dropped |",
+        "| --- | --- |" + " --- |" * (len(columns) + 1),
     ]
     for index, layer in enumerate(towers["text"]["layers"]):
         for modality, tower in _MODALITIES.items():
-            lines.append(f"| {layer} | {modality} | {_cells(towers[tower], index)} |")
+            dropped = 100 * training[f"{modality}/layer{layer}/dropped_fraction"]
+            lines.append(f"| {layer} | {modality} | {_cells(towers[tower], index)} | {dropped:.1f} |")
     return lines
 
 
@@ -87,6 +89,4 @@ def _cells(tower: dict[str, Any], index: int) -> str:
     shares = [f"{100 * share:.1f}" for share in tower["share_top_k"][index]]
     used = experts_used(torch.tensor(tower["tokens_top_k"][index])[None]).item()
     entropy = torch.special.entr(torch.tensor(tower["mean_gates"][index])).sum().item()
-    dropped = 100 * tower["dropped_fraction"][index]
-    numbers = [f"{used:.2f}", f"{entropy:.2f}", f"{tower['gate_entropy'][index]:.2f}", f"{dropped:.1f}"]
-    return " | ".join([*shares, *numbers])
+    return " | ".join([*shares, f"{used:.2f}", f"{entropy:.2f}", f"{tower['gate_entropy'][index]:.2f}"])

@@ -125,10 +125,22 @@ class MCLConfig:
     """Control: ignore the clusters and draw batches at random."""
 
 
+def _all_losses() -> AuxLossWeights:
+    return AuxLossWeights(importance=0.005, load=0.005)
+
+
+def _image_losses() -> AuxLossWeights:
+    return AuxLossWeights(global_entropy=0.04, global_entropy_min_experts=5)
+
+
+def _text_losses() -> AuxLossWeights:
+    return AuxLossWeights(local_entropy=0.04, global_entropy=0.04, global_entropy_min_experts=3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OneTowerConfig:
-    """The one tower of a LIMoE and its mixture; pictures, tokens and widths are those of `scratch`. All coefficients are
-    our choice (docs/limoe.md)."""
+    """The one tower of a LIMoE and its mixture; pictures, tokens and widths are those of `scratch`. What is set here is
+    our choice, not the paper's (docs/limoe.md)."""
 
     num_layers: int = 6
     """Blocks."""
@@ -146,11 +158,11 @@ class OneTowerConfig:
     short."""
     router_noise_std: float = 1.0
     """Noise on the router's logits in training (V-MoE: 1.0)."""
-    all_losses: AuxLossWeights = AuxLossWeights(importance=0.005, load=0.005)
+    all_losses: AuxLossWeights = field(default_factory=_all_losses)
     """Router losses over the tokens of both modalities together (V-MoE's two, with its coefficients)."""
-    image_losses: AuxLossWeights = AuxLossWeights(global_entropy=0.04, global_entropy_min_experts=5)
+    image_losses: AuxLossWeights = field(default_factory=_image_losses)
     """Router losses over the image tokens alone."""
-    text_losses: AuxLossWeights = AuxLossWeights(local_entropy=0.04, global_entropy=0.04, global_entropy_min_experts=3)
+    text_losses: AuxLossWeights = field(default_factory=_text_losses)
     """Router losses over the text tokens alone."""
     entropy_losses: bool = True
     """False sets all entropy losses to 0: the control."""

@@ -1,8 +1,8 @@
 """Trains an encoder from one recipe: `python -m vision_moe.train RECIPE.yaml [--field value ...]`.
 
 A dense CLIP (pretrained, or trained here from nothing) is fine-tuned directly, upcycled sparsely and made a CLIP-MoE by
-DMU, each on equally many pairs; a LIMoE starts from nothing. The run ends with one table of all of them. Started again, it
-goes on where it stopped.
+DMU, each on equally many pairs; a LIMoE is trained from nothing. The run ends with one table of all of them. Started
+again, it goes on where it stopped.
 """
 
 import logging

@@ -12,7 +12,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from vision_moe.model.configuration import CLIPMoETextConfig, CLIPMoEVisionConfig
 from vision_moe.model.configuration_limoe import LIMoEConfig
 from vision_moe.moe.layer import MoEMLP
-from vision_moe.moe.losses import AuxLossWeights, aux_loss
+from vision_moe.moe.losses import AuxLossWeights, aux_loss, local_entropy_loss
 
 TowerConfig = CLIPMoEVisionConfig | CLIPMoETextConfig | LIMoEConfig
 LayerOutput = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -144,3 +144,21 @@ def tower_aux_loss(
         for logits_BSE, noisy_BSE in zip(encoded.router_logits, noisy_logits, strict=True)
     ]
     return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def gate_statistics(
+    config: TowerConfig, encoded: EncoderOutput, mask_BS: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mean gates float32[L, E] and mean entropy (nats) of the gates float32[L] over valid tokens; None if all is dense."""
+    if not encoded.router_logits:
+        return None, None
+    gates, entropies = [], []
+    for logits_BSE in encoded.router_logits:
+        logits_TE = logits_BSE.flatten(0, 1) if mask_BS is None else logits_BSE[mask_BS]
+        if config.scoring_func == "sigmoid":
+            # As in the router losses: the sigmoids over their sum.
+            logits_TE = nn.functional.logsigmoid(logits_TE)
+        gates.append(logits_TE.softmax(dim=-1).mean(dim=0))
+        entropies.append(local_entropy_loss(logits_TE))
+    return torch.stack(gates), torch.stack(entropies)

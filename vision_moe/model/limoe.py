@@ -17,8 +17,8 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.modeling_clip import (
-    CLIPAttention,
     CLIPMLP,
+    CLIPAttention,
     CLIPTextEmbeddings,
     image_text_contrastive_loss,
 )
@@ -28,10 +28,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from vision_moe.model.clip_moe import CLIPMoEPreTrainedModel
 from vision_moe.model.configuration_limoe import LIMoEConfig
-from vision_moe.model.encoder import EncoderOutput, tower_aux_loss
+from vision_moe.model.encoder import EncoderOutput, gate_statistics, tower_aux_loss
 from vision_moe.model.outputs import CLIPMoEOutput, LIMoEModalityOutput
 from vision_moe.model.packed import LIMoEEncoder, LIMoEEncoderLayer, Shapes, pack, pack_masks, unpack, unpack_encoded
-from vision_moe.moe.losses import AuxLossWeights, local_entropy_loss
+from vision_moe.moe.losses import AuxLossWeights
 
 
 class Stream(NamedTuple):
@@ -215,14 +215,12 @@ class LIMoEModel(CLIPMoEPreTrainedModel):
             output.router_logits = encoded.router_logits if wants_logits else None
             output.aux_loss = tower_aux_loss(self.config, encoded, stream.mask_BS, stream.losses)
             output.tokens_per_expert, output.dropped_fraction = encoded.tokens_per_expert, encoded.dropped_fraction
-            output.mean_gates, output.gate_entropy = self._gate_statistics(encoded, stream.mask_BS)
+            output.mean_gates, output.gate_entropy = gate_statistics(self.config, encoded, stream.mask_BS)
             aux_loss = aux_loss + output.aux_loss
         return outputs, aux_loss
 
     @capture_outputs(tie_last_hidden_states=False)
-    def _encode(
-        self, streams: Sequence[Stream], mask_1T: Tensor | None, shapes: Shapes, **kwargs: Any
-    ) -> PackedOutput:
+    def _encode(self, streams: Sequence[Stream], mask_1T: Tensor | None, shapes: Shapes, **kwargs: Any) -> PackedOutput:
         attention_masks = [
             create_bidirectional_mask(self.config, inputs_embeds=stream.embeddings_BSD, attention_mask=stream.mask_BS)
             for stream in streams
@@ -247,18 +245,3 @@ class LIMoEModel(CLIPMoEPreTrainedModel):
             # A block attends once for each modality.
             output.attentions = packed.attentions[number :: len(shapes)]
         return output
-
-    @torch.no_grad()
-    def _gate_statistics(self, encoded: EncoderOutput, mask_BS: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Mean gates float32[L, E] and mean entropy of the gates float32[L] over valid tokens."""
-        if not encoded.router_logits:
-            return None, None
-        gates, entropies = [], []
-        for logits_BSE in encoded.router_logits:
-            logits_TE = logits_BSE.flatten(0, 1) if mask_BS is None else logits_BSE[mask_BS]
-            if self.config.scoring_func == "sigmoid":
-                # As in the router losses: the sigmoids over their sum.
-                logits_TE = nn.functional.logsigmoid(logits_TE)
-            gates.append(logits_TE.softmax(dim=-1).mean(dim=0))
-            entropies.append(local_entropy_loss(logits_TE))
-        return torch.stack(gates), torch.stack(entropies)

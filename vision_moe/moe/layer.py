@@ -75,9 +75,7 @@ class MoEMLP(nn.Module):
             self.experts._is_expert_parallel = True
         self.shared_expert = SharedExpert(config, config.expert_dim) if config.shared_expert else None
 
-    def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, parts: tuple[int, ...] | None = None
-    ) -> MoEOutput:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, parts: tuple[int, ...] | None = None) -> MoEOutput:
         """Routes each valid token to its experts.
 
         Args:
@@ -107,7 +105,9 @@ class MoEMLP(nn.Module):
         chosen_TK = experts_TK if self.expert_choice else routed.topk_experts_TK
         position_T = token_T % x_BSD.shape[1]
         bounds = pairwise(accumulate(parts or (x_BSD.shape[1],), initial=0))
-        counted = [self._count(chosen_TK, experts_TK, (start <= position_T) & (position_T < end)) for start, end in bounds]
+        counted = [
+            self._count(chosen_TK, experts_TK, (start <= position_T) & (position_T < end)) for start, end in bounds
+        ]
         tokens_ME, dropped_M = (torch.stack(counts) for counts in zip(*counted, strict=True))
         return MoEOutput(
             unflatten(y_TD),
