@@ -71,9 +71,9 @@ def modality_table(label: str, result: dict[str, Any]) -> list[str]:
     lines = [
         f"Experts by modality, {label}, on {result['num_samples']:,} pairs: the share of "
         f"{towers['vision']['num_tokens']:,} image tokens and of {towers['text']['num_tokens']:,} text tokens that "
-        f"choose each expert, in % (even: {100 * top_k / num_experts:.1f}). Routing entropy is that of the mean gate (at "
-        f"most ln {num_experts} = {math.log(num_experts):.2f}), gate entropy the mean over tokens; dropped is the share "
-        f"of choices without a place, in %, when step {training['step']} of the training was logged.",
+        f"choose each expert, in % (even: {100 * top_k / num_experts:.1f}). Routing entropy is that of the mean gate "
+        f"(at most ln {num_experts} = {math.log(num_experts):.2f}), gate entropy the mean over tokens; dropped is the "
+        f"share of choices without a place, in %, when step {training['step']} of the training was logged.",
         "",
         f"| block | tokens | {' | '.join(columns)} | dropped |",
         "| --- | --- |" + " --- |" * (len(columns) + 1),

@@ -240,5 +240,7 @@ class TrainConfig:
                 f"num_experts_per_tok must be in [1, num_experts], but got "
                 f"{self.moe.num_experts_per_tok} with num_experts={self.moe.num_experts}"
             )
+        if set(self.methods) == {"limoe"} and self.text_positions is not None:
+            raise ValueError("text_positions stretches a dense start; a LIMoE has those of scratch.max_text_tokens")
         if not self.methods:
             raise ValueError("methods is empty; name at least one of dense, direct, sparse_upcycling, dmu, limoe")

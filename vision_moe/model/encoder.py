@@ -150,7 +150,10 @@ def tower_aux_loss(
 def gate_statistics(
     config: TowerConfig, encoded: EncoderOutput, mask_BS: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Mean gates float32[L, E] and mean entropy (nats) of the gates float32[L] over valid tokens; None if all is dense."""
+    """Mean gates float32[L, E] and mean entropy (nats) of the gates float32[L], over valid tokens.
+
+    None and None for a dense tower.
+    """
     if not encoded.router_logits:
         return None, None
     gates, entropies = [], []

@@ -90,7 +90,7 @@ class LIMoEModel(CLIPMoEPreTrainedModel):
         if isinstance(module, SiglipVisionEmbeddings):
             init.copy_(module.position_ids, torch.arange(module.num_positions)[None])
         elif isinstance(module, LIMoEModel):
-            # transformers skips modules outside its own package that own no parameter, and these are two of them.
+            # In a model that is not its own, transformers passes over modules without a parameter of their own.
             for block in module.modules():
                 if isinstance(block, CLIPAttention | CLIPMLP):
                     super()._init_weights(block)
