@@ -115,7 +115,7 @@ def _evaluate(config: TrainConfig, folder: Path, processor: CLIPProcessor, datas
         routing = utilization(model, processor, dataset, batch_size=batch)
         stage = folder.parent.name
         logged = [entry for entry in read_metrics(config.output / "metrics.jsonl") if entry["stage"] == stage]
-        row["routing"] = {**routing, "training": next(entry for entry in reversed(logged) if "loss" in entry)}
+        row["routing"] = {**routing, "training": next((entry for entry in reversed(logged) if "loss" in entry), {})}
     return row
 
 

@@ -63,7 +63,8 @@ def modality_table(label: str, result: dict[str, Any]) -> list[str]:
 
     Args:
         label: the model's name.
-        result: of `vision_moe.analysis.utilization` on a LIMoE, with the last logged step under "training".
+        result: of `vision_moe.analysis.utilization` on a LIMoE, with the last logged step under "training"; {} where a
+            training was too short to log one.
     """
     towers, training = result["towers"], result["training"]
     num_experts, top_k = towers["text"]["num_experts"], towers["text"]["top_k"]
@@ -73,15 +74,16 @@ def modality_table(label: str, result: dict[str, Any]) -> list[str]:
         f"{towers['vision']['num_tokens']:,} image tokens and of {towers['text']['num_tokens']:,} text tokens that "
         f"choose each expert, in % (even: {100 * top_k / num_experts:.1f}). Routing entropy is that of the mean gate "
         f"(at most ln {num_experts} = {math.log(num_experts):.2f}), gate entropy the mean over tokens; dropped is the "
-        f"share of choices without a place, in %, when step {training['step']} of the training was logged.",
+        "share of choices without a place at the last log of the training, in %.",
         "",
         f"| block | tokens | {' | '.join(columns)} | dropped |",
         "| --- | --- |" + " --- |" * (len(columns) + 1),
     ]
     for index, layer in enumerate(towers["text"]["layers"]):
         for modality, tower in _MODALITIES.items():
-            dropped = 100 * training[f"{modality}/layer{layer}/dropped_fraction"]
-            lines.append(f"| {layer} | {modality} | {_cells(towers[tower], index)} | {dropped:.1f} |")
+            dropped = training.get(f"{modality}/layer{layer}/dropped_fraction")
+            cell = "not logged" if dropped is None else f"{100 * dropped:.1f}"
+            lines.append(f"| {layer} | {modality} | {_cells(towers[tower], index)} | {cell} |")
     return lines
 
 

@@ -69,12 +69,13 @@ def test_the_table_shows_the_counts_of_each_modality(make_limoe, tiny_processor)
         assert tower["dropped_fraction"] == pytest.approx(side.dropped_fraction.tolist())
         torch.testing.assert_close(torch.tensor(tower["mean_gates"]), side.mean_gates)
     assert vision["dropped_fraction"][0] + text["dropped_fraction"][0] > 0
-    logged = {"step": 9, "image/layer1/dropped_fraction": 0.125, "text/layer1/dropped_fraction": 0.5}
+    logged = {"image/layer1/dropped_fraction": 0.125, "text/layer1/dropped_fraction": 0.5}
     rows = [line for line in modality_table("LIMoE", {**result, "training": logged}) if line.startswith("| 1 |")]
     assert [row.split(" | ")[1] for row in rows] == ["image", "text"]
     shares = [float(cell) for cell in rows[1].split(" | ")[2:6]]
     assert shares == pytest.approx([100 * count / 14 for count in text["tokens_top_k"][0]], abs=0.051)
     assert [row.strip("| ").split(" | ")[-1] for row in rows] == ["12.5", "50.0"]
+    assert modality_table("LIMoE", {**result, "training": {}})[-1].endswith("| not logged |")
 
 
 def test_the_command_draws_the_curves_of_two_runs(tmp_path):
