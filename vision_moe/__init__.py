@@ -11,6 +11,8 @@ _HOMES = {
     "CLIPMoETextModel": "vision_moe.model",
     "CLIPMoEVisionConfig": "vision_moe.model",
     "CLIPMoEVisionModel": "vision_moe.model",
+    "LIMoEConfig": "vision_moe.model",
+    "LIMoEModel": "vision_moe.model",
     "merge_donors": "vision_moe.upcycle",
     "upcycle": "vision_moe.upcycle",
 }

@@ -1,8 +1,8 @@
-"""Expert utilization of a CLIP-MoE over image-caption pairs (CLIP-MoE, Zhang et al. 2024, appendix A.3).
+"""Expert utilization of a CLIP-MoE or a LIMoE over image-caption pairs (CLIP-MoE, Zhang et al. 2024, appendix A.3).
 
     python -m vision_moe.analysis --model DIR --data SHARDS --split test --output DIR
 
-writes `utilization.json` and `utilization.png` (layers x experts, one heat map per tower).
+writes `utilization.json` and `utilization.png` (layers x experts, one heat map per tower, or per modality of a LIMoE).
 
 Shapes: B batch, S sequence, T valid tokens, E experts, K experts chosen per token, L MoE layers of a tower.
 """
@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
-import vision_moe.model  # noqa: F401  # registers the model types
 from vision_moe.config import parse
 from vision_moe.data.captions import open_captions
 from vision_moe.data.collate import CaptionCollator
 from vision_moe.files import write_json
+from vision_moe.model import LIMoEConfig
 from vision_moe.plots import plot_utilization
 from vision_moe.tracking import setup_logging
 
@@ -44,17 +44,21 @@ class RoutingCounts:
         self.num_experts = num_experts
         self.top_k = top_k
         self._num_tokens = 0
+        self._dropped_L = torch.zeros(len(layers), dtype=torch.float64)
         self._top_1_LE = torch.zeros(len(layers), num_experts, dtype=torch.int64)
         self._top_k_LE = torch.zeros(len(layers), num_experts, dtype=torch.int64)
         self._gates_LE = torch.zeros(len(layers), num_experts, dtype=torch.float64)
         self._entropy_L = torch.zeros(len(layers), dtype=torch.float64)
 
-    def add(self, router_logits: tuple[Tensor, ...], mask_BS: Tensor | None = None) -> None:
+    def add(
+        self, router_logits: tuple[Tensor, ...], mask_BS: Tensor | None = None, dropped_L: Tensor | None = None
+    ) -> None:
         """Counts one batch.
 
         Args:
             router_logits: float[B, S, E] per MoE layer.
             mask_BS: true or 1 at valid tokens; None counts all.
+            dropped_L: share of the tokens' choices that were dropped; None = none was.
 
         Raises:
             ValueError: if the number of layers is not the one declared.
@@ -70,6 +74,8 @@ class RoutingCounts:
             self._gates_LE[layer] += gates_TE.sum(dim=0).cpu()
             self._entropy_L[layer] += torch.special.entr(gates_TE).sum().cpu()
         self._num_tokens += logits_TE.shape[0]
+        if dropped_L is not None:
+            self._dropped_L += dropped_L.double().cpu() * logits_TE.shape[0]
 
     def summary(self) -> dict[str, Any]:
         """Counts and shares as plain JSON values; see `utilization` for the keys."""
@@ -85,6 +91,7 @@ class RoutingCounts:
             "share_top_1": (self._top_1_LE / tokens).tolist(),
             "mean_gates": (self._gates_LE / tokens).tolist(),
             "gate_entropy": (self._entropy_L / tokens).tolist(),
+            "dropped_fraction": (self._dropped_L / tokens).tolist(),
         }
 
 
@@ -101,7 +108,7 @@ def utilization(
     """Counts which experts the tokens of a data set go to, layer by layer and tower by tower.
 
     Args:
-        model: a CLIPMoEModel, on any device; left in the mode (train or eval) it came in.
+        model: a CLIPMoEModel or LIMoEModel, on any device; left in the mode (train or eval) it came in.
         processor: its CLIPProcessor.
         dataset: pairs as `vision_moe.data.captions` gives them; the caption of epoch 0 is read.
         batch_size: pairs a forward pass.
@@ -109,11 +116,13 @@ def utilization(
         num_workers: data loading processes.
 
     Returns:
-        {"num_samples", "towers": {"vision" | "text": tower}}. A dense tower is absent; a tower holds
+        {"num_samples", "towers": {"vision" | "text": tower}}; a LIMoE's modalities are told as towers. A dense tower is
+        absent; a tower holds
         "layers" (block indices), "num_experts", "top_k", "num_tokens" (class token included, padding not);
         per layer and expert "tokens_top_k" (first to k-th choice counted alike, the paper's measure),
         "tokens_top_1" (first choice), their shares of the tokens "share_top_k" (a row sums to k) and
-        "share_top_1", "mean_gates"; and per layer "gate_entropy" (mean over tokens, nats; log E = undecided).
+        "share_top_1", "mean_gates"; and per layer "gate_entropy" (mean over tokens, nats; log E = undecided) and
+        "dropped_fraction" (share of the choices without a place, by the capacity in evaluation).
 
     Raises:
         ValueError: if neither tower has experts, or the data set or limit is empty.
@@ -126,7 +135,7 @@ def utilization(
         Subset(dataset, range(num_samples)),
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=CaptionCollator(processor, model.config.text_config.max_position_embeddings),
+        collate_fn=CaptionCollator(processor, model.config.get_text_config().max_position_embeddings),
     )
     was_training = model.training
     model.eval()
@@ -144,7 +153,8 @@ def moe_layers(tower_config: Any) -> list[int]:
 
 
 def _new_counts(config: Any) -> dict[str, RoutingCounts]:
-    towers = {"vision": getattr(config, "vision_config", None), "text": getattr(config, "text_config", None)}
+    one_tower = config if isinstance(config, LIMoEConfig) else None
+    towers: dict[str, Any] = {name: getattr(config, f"{name}_config", one_tower) for name in ("vision", "text")}
     for name, tower in towers.items():
         if tower is not None and moe_layers(tower) and not _chosen_by_logits(tower):
             raise ValueError(
@@ -181,17 +191,18 @@ def _count_batch(model: Any, batch: dict[str, Any], counts: dict[str, RoutingCou
     # The vision tower's layers come first.
     num_vision = len(counts["vision"].layers) if "vision" in counts else 0
     if "vision" in counts:
-        counts["vision"].add(output.router_logits[:num_vision])
+        dropped_L = output.vision_model_output.dropped_fraction
+        counts["vision"].add(output.router_logits[:num_vision], dropped_L=dropped_L)
     if "text" in counts:
-        counts["text"].add(output.router_logits[num_vision:], mask_BS)
+        counts["text"].add(output.router_logits[num_vision:], mask_BS, output.text_model_output.dropped_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisConfig:
-    """Expert utilization of a CLIP-MoE over image-caption pairs: a table and a heat map."""
+    """Expert utilization of a CLIP-MoE or a LIMoE over image-caption pairs: a table and a heat map."""
 
     model: str
-    """CLIP-MoE with its processor: a folder or a hub name."""
+    """CLIP-MoE or LIMoE with its processor: a folder or a hub name."""
     data: Path
     """Folder of WebDataset shards, or a JSON/JSONL file of captions (then set image_dir)."""
     output: Path

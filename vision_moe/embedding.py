@@ -102,7 +102,7 @@ def embed_texts(
         raise ValueError("got no text to embed; check the caption field")
     # By length, so that a batch holds little padding; then by the text itself, so that the order is fixed.
     unique = sorted(set(texts), key=lambda text: (len(text), text))
-    max_length = model.config.text_config.max_position_embeddings
+    max_length = model.config.get_text_config().max_position_embeddings
     blocks, num_full = [], 0
     with _inference(model, autocast_dtype):
         for start in _progress(range(0, len(unique), batch_size), "texts"):

@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from transformers import AutoModel, CLIPProcessor
 
+from vision_moe.analysis import utilization
 from vision_moe.data.captions import CaptionDataset, open_captions
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.factors import factor_accuracy
 from vision_moe.files import write_json, write_text
+from vision_moe.modality_routing import modality_table
+from vision_moe.model import LIMoEModel
 from vision_moe.recipe import TrainConfig
 from vision_moe.retrieval import retrieval
 from vision_moe.stages import finished_stages
+from vision_moe.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,7 @@ _NAMES = {
     "direct": "direct fine-tuning",
     "sparse_upcycling": "sparse upcycling",
     "dmu": "CLIP-MoE (DMU)",
+    "limoe": "LIMoE (one tower, from nothing)",
 }
 
 
@@ -69,7 +74,7 @@ def _scores_file(model_folder: Path) -> Path:
 
 
 def render(results: dict[str, Any]) -> str:
-    """`results.json` as Markdown: retrieval, factors where the data has them, stages."""
+    """`results.json` as Markdown: retrieval, factors where the data has them, a LIMoE's routing, stages."""
     return f"# Encoder run\n\n{render_tables(results)}\n"
 
 
@@ -87,6 +92,9 @@ def render_tables(results: dict[str, Any]) -> str:
     lines += [_retrieval_row(label(name), row["retrieval"]) for name, row in rows.items()]
     if "factors" in next(iter(rows.values())):
         lines += ["", *_factor_table(rows)]
+    for name, row in rows.items():
+        if "routing" in row:
+            lines += ["", *modality_table(label(name), row["routing"])]
     lines += ["", "| stage | pairs seen | steps | seconds |", "| --- | --- | --- | --- |"]
     for name, stage in results["stages"].items():
         lines.append(f"| {name} | {stage['samples']:,} | {stage['steps']} | {stage['seconds']} |")
@@ -103,6 +111,11 @@ def _evaluate(config: TrainConfig, folder: Path, processor: CLIPProcessor, datas
         row["factors"] = factor_accuracy(
             model, processor, dataset, limit=config.factor_pictures, batch_size=batch, autocast_dtype=dtype
         )
+    if isinstance(model, LIMoEModel):
+        routing = utilization(model, processor, dataset, batch_size=batch)
+        stage = folder.parent.name
+        logged = [entry for entry in read_metrics(config.output / "metrics.jsonl") if entry["stage"] == stage]
+        row["routing"] = {**routing, "training": next((entry for entry in reversed(logged) if "loss" in entry), {})}
     return row
 
 

@@ -66,7 +66,7 @@ def plot_utilization(result: Mapping[str, Any], output: Path, *, share: str = "s
         image = panel.imshow(np.asarray(tower[share]), cmap="viridis", vmin=0, vmax=1, aspect="auto")
         _annotate(panel, np.asarray(tower[share]))
         panel.set(
-            title=f"{name} tower, {tower['num_tokens']:,} tokens\neven use: {choices / tower['num_experts']:.2f}",
+            title=f"{name}, {tower['num_tokens']:,} tokens\neven use: {choices / tower['num_experts']:.2f}",
             xlabel="expert",
             ylabel="block",
             xticks=range(tower["num_experts"]),

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Method = Literal["dense", "direct", "sparse_upcycling", "dmu"]
+from vision_moe.moe.losses import AuxLossWeights
+
+Method = Literal["dense", "direct", "sparse_upcycling", "dmu", "limoe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +125,56 @@ class MCLConfig:
     """Control: ignore the clusters and draw batches at random."""
 
 
+def _all_losses() -> AuxLossWeights:
+    return AuxLossWeights(importance=0.005, load=0.005)
+
+
+def _image_losses() -> AuxLossWeights:
+    return AuxLossWeights(global_entropy=0.04, global_entropy_min_experts=5)
+
+
+def _text_losses() -> AuxLossWeights:
+    return AuxLossWeights(local_entropy=0.04, global_entropy=0.04, global_entropy_min_experts=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneTowerConfig:
+    """The one tower of a LIMoE and its mixture; pictures, tokens and widths are those of `scratch`. What is set here is
+    our choice, not the paper's (docs/limoe.md)."""
+
+    num_layers: int = 6
+    """Blocks."""
+    num_experts: int = 8
+    """Experts per MoE block, for images and text alike."""
+    num_experts_per_tok: int = 1
+    """Experts that see a token."""
+    layers: Literal["all", "odd"] | int = "odd"
+    """Blocks with experts: "all", "odd" (every second one), or n for the last n."""
+    capacity_factor: float | None = 1.05
+    """Places of an expert in training, over an even share of the batch's tokens (V-MoE: 1.05); None drops no token.
+    Nothing is dropped in evaluation, so that an embedding does not depend on its batch."""
+    batch_priority: bool = True
+    """The tokens of highest gate get the places first; otherwise the captions, which come after the pictures, go
+    short."""
+    router_noise_std: float = 1.0
+    """Noise on the router's logits in training (V-MoE: 1.0)."""
+    all_losses: AuxLossWeights = field(default_factory=_all_losses)
+    """Router losses over the tokens of both modalities together (V-MoE's two, with its coefficients)."""
+    image_losses: AuxLossWeights = field(default_factory=_image_losses)
+    """Router losses over the image tokens alone."""
+    text_losses: AuxLossWeights = field(default_factory=_text_losses)
+    """Router losses over the text tokens alone."""
+    entropy_losses: bool = True
+    """False sets all entropy losses to 0: the control."""
+
+
 def _router_stage() -> StageConfig:
     return StageConfig(learning_rate=1e-6, weight_decay=0.01)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Trains an encoder: a dense CLIP becomes a CLIP-MoE by DMU, beside its baselines."""
+    """Trains an encoder: a dense CLIP becomes a CLIP-MoE by DMU, beside its baselines; or a LIMoE from nothing."""
 
     output: Path
     """Folder of the run; an interrupted run goes on when it is started again with the same recipe."""
@@ -142,11 +187,14 @@ class TrainConfig:
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     """Sizes of the dense CLIP when model is None."""
     methods: tuple[Method, ...] = ("direct", "sparse_upcycling", "dmu")
-    """What to run, in this order; "dense" trains the start itself (required and implied when model is None)."""
+    """What to run, in this order; "dense" trains the start itself (required and implied when model is None, unless
+    "limoe", which starts from nothing, is alone)."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Experts and router losses."""
     sparse_moe: MoEConfig = field(default_factory=lambda: MoEConfig(router_z_loss_coef=1e-3))
     """The same for sparse upcycling (CLIP-UP style; which values are our choice, the paper gives none)."""
+    limoe_tower: OneTowerConfig = field(default_factory=OneTowerConfig)
+    """The model that "limoe" trains."""
     clustering: MCLConfig = field(default_factory=MCLConfig)
     """How MCL draws its batches."""
     align: StageConfig | None = None
@@ -161,10 +209,12 @@ class TrainConfig:
     """Direct fine-tuning of all parameters; sees what DMU sees unless samples is set."""
     sparse_upcycling: StageConfig = field(default_factory=StageConfig)
     """Sparse upcycling of all parameters; sees what DMU sees unless samples is set."""
+    limoe: StageConfig = field(default_factory=StageConfig)
+    """Training of a LIMoE from nothing."""
     global_batch_size: int = 800
     """Pairs per step over all processes; every pair is a negative of every other."""
     logit_scale: float | None = 4.60517
-    """Fixed log of the inverse temperature (ln 100) in every stage but "dense"; None keeps the start's."""
+    """Fixed log of the inverse temperature (ln 100) in every stage but "dense" and "limoe"; None keeps the start's."""
     train_logit_scale: bool = False
     """Learn it in the stages that train all parameters (the official code keeps it fixed)."""
     attn_implementation: str = "sdpa"
@@ -190,5 +240,7 @@ class TrainConfig:
                 f"num_experts_per_tok must be in [1, num_experts], but got "
                 f"{self.moe.num_experts_per_tok} with num_experts={self.moe.num_experts}"
             )
+        if set(self.methods) == {"limoe"} and self.text_positions is not None:
+            raise ValueError("text_positions stretches a dense start; a LIMoE has those of scratch.max_text_tokens")
         if not self.methods:
-            raise ValueError("methods is empty; name at least one of dense, direct, sparse_upcycling, dmu")
+            raise ValueError("methods is empty; name at least one of dense, direct, sparse_upcycling, dmu, limoe")

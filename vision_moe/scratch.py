@@ -88,9 +88,12 @@ def build_clip(config: ScratchConfig, captions: Iterable[str], seed: int) -> tup
             model.vision_model.embeddings.position_embedding.weight[1:] = sincos_positions(
                 config.image_size // config.patch_size, config.hidden_size
             )
-    size = config.image_size
-    image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+    return model, _processor(config, tokenizer)
+
+
+def build_processor(config: ScratchConfig, captions: Iterable[str]) -> CLIPProcessor:
+    """The processor of `build_clip` alone, its tokenizer trained on the captions."""
+    return _processor(config, train_tokenizer(captions, config.vocab_size, config.max_text_tokens))
 
 
 def sincos_positions(side: int, dim: int) -> Tensor:
@@ -134,6 +137,12 @@ def _with_tower(
     model.vision_model.load_state_dict(tower.state_dict(), strict=True)
     image_processor = CLIPImageProcessor.from_pretrained(folder)
     return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def _processor(config: ScratchConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPProcessor:
+    size = config.image_size
+    image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 
 def _tower(config: ScratchConfig) -> dict[str, Any]:

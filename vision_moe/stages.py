@@ -29,8 +29,8 @@ from vision_moe.trainer import ContrastiveTrainer, training_arguments
 
 logger = logging.getLogger(__name__)
 
-# Stages that make the dense start: they learn the logit scale, as CLIP's own training does.
-_START_STAGES = ("align", "dense")
+# Stages that start from nothing: they learn the logit scale, as CLIP's own training does.
+_START_STAGES = ("align", "dense", "limoe")
 
 
 @dataclass(frozen=True, kw_only=True)

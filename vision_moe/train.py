@@ -1,11 +1,12 @@
 """Trains an encoder from one recipe: `python -m vision_moe.train RECIPE.yaml [--field value ...]`.
 
 A dense CLIP (pretrained, or trained here from nothing) is fine-tuned directly, upcycled sparsely and made a CLIP-MoE by
-DMU, each on equally many pairs; the run ends with one table of all of them. Started again, it goes on where it stopped.
+DMU, each on equally many pairs; a LIMoE is trained from nothing. The run ends with one table of all of them. Started
+again, it goes on where it stopped.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,12 @@ from vision_moe.distributed import barrier, is_main
 from vision_moe.dmu import run_dmu, stage_samples, total_samples
 from vision_moe.encoder_report import open_eval_data, write_report
 from vision_moe.launcher import die_with_launcher
+from vision_moe.limoe import build_limoe
 from vision_moe.model import CLIPMoEModel
 from vision_moe.positions import stretch_text
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.run_folder import check_folder, claim_folder
-from vision_moe.scratch import build_clip
+from vision_moe.scratch import build_clip, build_processor
 from vision_moe.stages import Stage, StageRunner, with_router_losses
 from vision_moe.tracking import setup_logging
 from vision_moe.upcycle import upcycle
@@ -51,21 +53,38 @@ def run(config: TrainConfig) -> dict[str, Path]:
     check_folder(config, config.output, _FREE_FIELDS)
     claim_folder(config, config.output)
     dataset = _open_data(config)
-    start, processor = _dense_start(config, dataset)
+    start, processor = _start(config, dataset)
     runner = StageRunner(config, dataset, processor)
-    models = {"dense": start}
+    models: dict[str, Path] = {} if start is None else {"dense": start}
     baseline = total_samples(config, len(dataset))
     for method in config.methods:
         if method == "direct":
             stage = _full_stage("direct", config.direct, baseline)
-            models["direct"] = runner.run(stage, partial(AutoModel.from_pretrained, start))
+            models["direct"] = runner.run(stage, partial(AutoModel.from_pretrained, models["dense"]))
         elif method == "sparse_upcycling":
             stage = _full_stage("sparse_upcycling", config.sparse_upcycling, baseline)
-            models["sparse_upcycling"] = runner.run(stage, partial(_sparse_upcycling, config, start))
+            models["sparse_upcycling"] = runner.run(stage, partial(_sparse_upcycling, config, models["dense"]))
         elif method == "dmu":
-            models |= run_dmu(runner, start)
+            models |= run_dmu(runner, models["dense"])
+        elif method == "limoe":
+            samples = stage_samples(config.limoe, len(dataset))
+            stage = Stage(name="limoe", config=config.limoe, trainable="all", samples=samples)
+            models["limoe"] = runner.run(stage, partial(build_limoe, config, processor))
     write_report(config, models, processor, open_eval_data(config))
     return models
+
+
+def _start(config: TrainConfig, dataset: CaptionDataset) -> tuple[Path | None, CLIPProcessor]:
+    """Folder of the dense CLIP, None where no method needs one, and the processor of all models."""
+    if set(config.methods) != {"limoe"}:
+        return _dense_start(config, dataset)
+    if config.model is not None:
+        return None, CLIPProcessor.from_pretrained(resolve_model(config.model))
+    return None, build_processor(config.scratch, _captions(dataset))
+
+
+def _captions(dataset: CaptionDataset) -> Iterator[str]:
+    return (text for index in range(len(dataset)) for text in dataset.captions(index))
 
 
 def _dense_start(config: TrainConfig, dataset: CaptionDataset) -> tuple[Path, CLIPProcessor]:
@@ -79,8 +98,7 @@ def _dense_start(config: TrainConfig, dataset: CaptionDataset) -> tuple[Path, CL
             runner.save(_stretched(config, AutoModel.from_pretrained(source), processor), folder)
         barrier()
         return folder, CLIPProcessor.from_pretrained(folder)
-    captions = (text for index in range(len(dataset)) for text in dataset.captions(index))
-    model, processor = build_clip(config.scratch, captions, config.seed)
+    model, processor = build_clip(config.scratch, _captions(dataset), config.seed)
     model = _stretched(config, model, processor)
     runner = StageRunner(config, dataset, processor)
     build: Callable[[], CLIPModel] = lambda: model  # noqa: E731

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from vision_moe.contrastive import contrastive_loss
 from vision_moe.distributed import world_size
+from vision_moe.modality_routing import modality_metrics
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.sampled_trainer import SampledTrainer
 
@@ -56,11 +57,11 @@ class ContrastiveTrainer(SampledTrainer):
         groups_B = None
         if self.groups_N is not None:
             groups_B = self.groups_N[index_B.cpu()].to(outputs.image_embeds.device)
-        logit_scale = self.accelerator.unwrap_model(model).logit_scale.exp()
+        unwrapped = self.accelerator.unwrap_model(model)
         contrastive = contrastive_loss(
             outputs.image_embeds,
             outputs.text_embeds,
-            logit_scale,
+            unwrapped.logit_scale.exp(),
             groups_B=groups_B,
             label_smoothing=self.label_smoothing,
         )
@@ -68,6 +69,8 @@ class ContrastiveTrainer(SampledTrainer):
         self._record("contrastive_loss", contrastive)
         if aux is not None:
             self._record("aux_loss", aux)
+        for name, value in modality_metrics(outputs, unwrapped.config).items():
+            self._record(name, value)
         loss = contrastive if aux is None else contrastive + aux
         return (loss, outputs) if return_outputs else loss
 

@@ -202,7 +202,7 @@ def _moe_config(
 
     def fields(tower: str) -> dict[str, Any]:
         config = getattr(base.config, f"{tower}_config")
-        moe_layers = _resolve_layers(layers, config.num_hidden_layers) if tower in towers else []
+        moe_layers = resolve_layers(layers, config.num_hidden_layers) if tower in towers else []
         dense = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
         return {
             **dense,
@@ -220,7 +220,7 @@ def _moe_config(
     )
 
 
-def _resolve_layers(layers: Layers, depth: int) -> list[int]:
+def resolve_layers(layers: Layers, depth: int) -> list[int]:
     """Indices of the MoE blocks in a tower of `depth` blocks."""
     if isinstance(layers, str):
         choices = {"all": range(depth), "odd": range(1, depth, 2)}

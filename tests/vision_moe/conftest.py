@@ -13,6 +13,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
+from vision_moe.model import LIMoEConfig, LIMoEModel
+
 _WORDS = ["<pad>", "<bos>", "<unk>", "<eos>", "a", "photo", "of", "red", "blue", "square", "one", "two"]
 _MAX_TEXT_TOKENS = 8
 _TOWER_SIZES = {
@@ -108,6 +110,23 @@ def make_dense_clip(clip_sizes: dict[str, Any]) -> Callable[[int], CLIPModel]:
     def make(seed: int) -> CLIPModel:
         torch.manual_seed(seed)
         model = CLIPModel(CLIPConfig(**clip_sizes)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_limoe() -> Callable[..., LIMoEModel]:
+    """Makes a tiny LIMoE for `clip_batch` in evaluation mode, 4 experts in its second block, weights away from 0."""
+
+    def make(seed: int = 0, **fields: Any) -> LIMoEModel:
+        text = {"vocab_size": 99, "max_position_embeddings": 12, "bos_token_id": 97, "eos_token_id": 98}
+        sizes = {**_TOWER_SIZES, **text, "image_size": 32, "patch_size": 8, "moe_layers": [1]}
+        torch.manual_seed(seed)
+        model = LIMoEModel(LIMoEConfig(**{**sizes, **fields})).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))

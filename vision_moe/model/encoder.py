@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from vision_moe.model.configuration import CLIPMoETextConfig, CLIPMoEVisionConfig
+from vision_moe.model.configuration_limoe import LIMoEConfig
 from vision_moe.moe.layer import MoEMLP
-from vision_moe.moe.losses import aux_loss
+from vision_moe.moe.losses import AuxLossWeights, aux_loss, local_entropy_loss
 
-TowerConfig = CLIPMoEVisionConfig | CLIPMoETextConfig
+TowerConfig = CLIPMoEVisionConfig | CLIPMoETextConfig | LIMoEConfig
+LayerOutput = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class CLIPMoEEncoderLayer(CLIPEncoderLayer):
@@ -26,7 +28,7 @@ class CLIPMoEEncoderLayer(CLIPEncoderLayer):
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, mask_BS: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> LayerOutput:
         """One block.
 
         Args:
@@ -41,11 +43,16 @@ class CLIPMoEEncoderLayer(CLIPEncoderLayer):
             checkpointed block that runs twice counts once.
         """
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs)
-        hidden_states = hidden_states + attended
+        return self.feed_forward(hidden_states + attended, mask_BS)
+
+    def feed_forward(
+        self, hidden_states: Tensor, mask_BS: Tensor | None, parts: tuple[int, ...] | None = None
+    ) -> LayerOutput:
+        """The second half of the block; `parts` as in `MoEMLP`."""
         normed = self.layer_norm2(hidden_states)
         if not isinstance(self.mlp, MoEMLP):
             return hidden_states + self.mlp(normed), None, None, None, None
-        moe = self.mlp(normed, mask_BS)
+        moe = self.mlp(normed, mask_BS, parts)
         return hidden_states + moe.hidden_states_BSD, *moe[1:]
 
 
@@ -57,7 +64,7 @@ class EncoderOutput(NamedTuple):
         router_logits: L tensors float32[B, S, E], noise-free.
         noisy_logits: L tensors float32[B, S, E], or none where no noise was drawn.
         tokens_per_expert: int64[L, E], choices of valid tokens, before any is dropped; None for a dense tower.
-        dropped_fraction: float32[L], see `MoEOutput`; None for a dense tower.
+        dropped_fraction: float32[L], see `MoEOutput`, and there too for the axis of parts; None for a dense tower.
     """
 
     last_hidden_state: Tensor
@@ -70,10 +77,12 @@ class EncoderOutput(NamedTuple):
 class CLIPMoEEncoder(nn.Module):
     """The blocks of one tower; its weights carry the names of `CLIPEncoder`'s."""
 
+    layer_class = CLIPMoEEncoderLayer
+
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(CLIPMoEEncoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, layer) for layer in range(config.num_hidden_layers))
 
     def forward(
         self,
@@ -104,8 +113,16 @@ class CLIPMoEEncoder(nn.Module):
         )
 
 
-def tower_aux_loss(config: TowerConfig, encoded: EncoderOutput, mask_BS: Tensor | None) -> Tensor:
+def tower_aux_loss(
+    config: TowerConfig, encoded: EncoderOutput, mask_BS: Tensor | None, weights: AuxLossWeights | None = None
+) -> Tensor:
     """Mean over the tower's MoE blocks of their weighted router losses (CLIP-MoE, eq. 9).
+
+    Args:
+        config: of the tower.
+        encoded: what its blocks returned.
+        mask_BS: bool[B, S], False at padding; None = no padding.
+        weights: coefficients; None = the config's `aux_loss_weights`.
 
     Returns:
         float32 scalar, coefficients applied; 0 for a dense tower.
@@ -122,8 +139,29 @@ def tower_aux_loss(config: TowerConfig, encoded: EncoderOutput, mask_BS: Tensor 
             top_k=config.num_experts_per_tok,
             noise_std=config.router_noise_std / config.num_experts,
             scoring_func=config.scoring_func,
-            weights=config.aux_loss_weights,
+            weights=config.aux_loss_weights if weights is None else weights,
         )
         for logits_BSE, noisy_BSE in zip(encoded.router_logits, noisy_logits, strict=True)
     ]
     return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def gate_statistics(
+    config: TowerConfig, encoded: EncoderOutput, mask_BS: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mean gates float32[L, E] and mean entropy (nats) of the gates float32[L], over valid tokens.
+
+    None and None for a dense tower.
+    """
+    if not encoded.router_logits:
+        return None, None
+    gates, entropies = [], []
+    for logits_BSE in encoded.router_logits:
+        logits_TE = logits_BSE.flatten(0, 1) if mask_BS is None else logits_BSE[mask_BS]
+        if config.scoring_func == "sigmoid":
+            # As in the router losses: the sigmoids over their sum.
+            logits_TE = nn.functional.logsigmoid(logits_TE)
+        gates.append(logits_TE.softmax(dim=-1).mean(dim=0))
+        entropies.append(local_entropy_loss(logits_TE))
+    return torch.stack(gates), torch.stack(entropies)

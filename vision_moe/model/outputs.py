@@ -28,14 +28,29 @@ class CLIPMoETowerOutput(BaseModelOutputWithPooling):
 
 
 @dataclass
+class LIMoEModalityOutput(CLIPMoETowerOutput):
+    """What the one tower of a LIMoE gives for one modality; all counts are of that modality's tokens alone.
+
+    Attributes:
+        aux_loss: the modality's own router losses; those over both modalities are in `CLIPMoEOutput.aux_loss` only.
+        mean_gates: float32[L, E], mean gate of the valid tokens per MoE block; as `tokens_per_expert`.
+        gate_entropy: float32[L], mean entropy (nats) of the valid tokens' gates; as `tokens_per_expert`.
+    """
+
+    mean_gates: Tensor | None = None
+    gate_entropy: Tensor | None = None
+
+
+@dataclass
 class CLIPMoEOutput(CLIPOutput):
-    """Output of `CLIPMoEModel`; its towers' outputs hold what is counted per MoE block.
+    """Output of `CLIPMoEModel` and `LIMoEModel`; its towers' (modalities') outputs hold what is counted per MoE block.
 
     Beyond `transformers.models.clip.modeling_clip.CLIPOutput`:
 
     Attributes:
         loss: contrastive loss of this process's batch plus `aux_loss`, where that is computed; with return_loss.
-        router_logits: the image tower's MoE blocks, then the text tower's; with output_router_logits.
+        router_logits: the image tower's MoE blocks, then the text tower's (of a LIMoE those of the image tokens, then
+            those of the text tokens); with output_router_logits.
         aux_loss: float32 scalar, coefficients applied, mean over the MoE blocks of both towers (CLIP-MoE, eq. 9); in
             training or with output_router_logits.
     """

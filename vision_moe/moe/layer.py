@@ -3,6 +3,7 @@
 B batch, S sequence, T = B * S tokens, D model dim, E experts, K choices per token.
 """
 
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -37,9 +38,9 @@ class MoEOutput(NamedTuple):
         hidden_states_BSD: float[B, S, D] in the input's dtype; zero at padding.
         router_logits_BSE: float32[B, S, E], noise-free; zero at padding.
         noisy_logits_BSE: float32[B, S, E], the logits that chose the experts; None where no noise was drawn.
-        tokens_per_expert_E: int64[E], choices of valid tokens, before any is dropped.
+        tokens_per_expert_E: int64[E], choices of valid tokens, before any is dropped; [M, E] for M parts.
         dropped_fraction: float32 scalar, share of the valid tokens' K choices that no expert computed; with expert
-            choice, of the valid tokens that no expert took.
+            choice, of the valid tokens that no expert took; [M] for M parts.
     """
 
     hidden_states_BSD: Tensor
@@ -74,12 +75,14 @@ class MoEMLP(nn.Module):
             self.experts._is_expert_parallel = True
         self.shared_expert = SharedExpert(config, config.expert_dim) if config.shared_expert else None
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, parts: tuple[int, ...] | None = None) -> MoEOutput:
         """Routes each valid token to its experts.
 
         Args:
             x_BSD: float[B, S, D].
             mask_BS: bool[B, S], False at padding, which is neither routed nor computed; None = every token is valid.
+            parts: lengths of the M parts that S consists of, in their order. They are routed as one, share capacity,
+                and are counted apart. None = one part, and counts without the axis of parts.
         """
         x_TD = x_BSD.flatten(0, 1)
         valid_V = None if mask_BS is None else mask_BS.flatten().nonzero().squeeze(-1)
@@ -100,12 +103,18 @@ class MoEMLP(nn.Module):
 
         noisy_TE = routed.noisy_logits_TE
         chosen_TK = experts_TK if self.expert_choice else routed.topk_experts_TK
+        position_T = token_T % x_BSD.shape[1]
+        bounds = pairwise(accumulate(parts or (x_BSD.shape[1],), initial=0))
+        counted = [
+            self._count(chosen_TK, experts_TK, (start <= position_T) & (position_T < end)) for start, end in bounds
+        ]
+        tokens_ME, dropped_M = (torch.stack(counts) for counts in zip(*counted, strict=True))
         return MoEOutput(
             unflatten(y_TD),
             unflatten(routed.router_logits_TE),
             None if noisy_TE is None else unflatten(noisy_TE),
-            count_tokens(chosen_TK, self.router.num_experts),
-            self._dropped_fraction(experts_TK),
+            tokens_ME[0] if parts is None else tokens_ME,
+            dropped_M[0] if parts is None else dropped_M,
         )
 
     def _dispatch(self, routed: RouterOutput, row_T: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -123,8 +132,12 @@ class MoEMLP(nn.Module):
         capacity_G = groups.capacity(factor * K / E)
         return drop_overflow(routed.topk_experts_TK, routed.topk_gates_TK, E, groups, capacity_G, priority_T)
 
-    def _dropped_fraction(self, experts_TK: Tensor) -> Tensor:
-        dropped_TK = experts_TK == self.router.num_experts
+    def _count(self, chosen_TK: Tensor, experts_TK: Tensor, inside_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens per expert and dropped fraction of the tokens inside a part."""
+        E = self.router.num_experts
+        dropped_TK = experts_TK == E
         if self.expert_choice:
-            dropped_TK = dropped_TK.all(dim=-1)
-        return dropped_TK.sum() / max(1, dropped_TK.numel())
+            dropped_TK = dropped_TK.all(dim=-1, keepdim=True)
+        num_slots = (inside_T.sum() * dropped_TK.shape[-1]).clamp_min(1)
+        dropped = (dropped_TK & inside_T[:, None]).sum() / num_slots
+        return count_tokens(chosen_TK.masked_fill(~inside_T[:, None], E), E), dropped

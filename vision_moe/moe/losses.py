@@ -135,15 +135,21 @@ class AuxLossWeights:
     """Coefficients of the router losses of one MoE block; a loss with coefficient 0 is not computed."""
 
     load_balance: float = 0.0
+    """Switch load-balancing loss."""
     balance_top_k: bool = False
     """Count all K choices (the official CLIP-MoE code; K when balanced) instead of the first (the papers; 1)."""
     z: float = 0.0
+    """Router z-loss."""
     importance: float = 0.0
+    """V-MoE's importance loss."""
     load: float = 0.0
-    """Only in force where noise was drawn, that is in training."""
+    """V-MoE's load loss; only in force where noise was drawn, that is in training."""
     local_entropy: float = 0.0
+    """LIMoE's local entropy loss."""
     global_entropy: float = 0.0
+    """LIMoE's global entropy loss."""
     global_entropy_min_experts: float | None = None
+    """Its soft minimum S of experts in use (tau = log S); None = all."""
 
 
 def aux_loss(

@@ -102,6 +102,18 @@ def test_padding_takes_no_places(make_layer):
     assert sorted(out.tokens_per_expert_E.tolist()) == [0, 0, 0, 4]
 
 
+def test_parts_share_capacity_and_are_counted_apart(make_layer):
+    """Four equal tokens in parts of 1 and 3 want one expert, with ceil(2 * 4 / 4) = 2 places: the last two get none."""
+    layer = make_layer(num_experts_per_tok=1, eval_capacity_factor=2.0).eval()
+    whole, out = layer(torch.ones(1, 4, 32)), layer(torch.ones(1, 4, 32), parts=(1, 3))
+    assert torch.equal(out.hidden_states_BSD, whole.hidden_states_BSD)
+    assert [sorted(tokens) for tokens in out.tokens_per_expert_E.tolist()] == [[0, 0, 0, 1], [0, 0, 0, 3]]
+    torch.testing.assert_close(out.dropped_fraction, torch.tensor([0.0, 2 / 3]))
+    padded = layer(torch.ones(1, 4, 32), torch.tensor([[True, False, True, True]]), parts=(1, 3))
+    assert [sorted(tokens) for tokens in padded.tokens_per_expert_E.tolist()] == [[0, 0, 0, 1], [0, 0, 0, 2]]
+    torch.testing.assert_close(padded.dropped_fraction, torch.tensor([0.0, 1 / 2]))
+
+
 def test_batch_priority_keeps_the_tokens_of_highest_gate_in_the_whole_batch(make_layer):
     """The larger of parallel inputs has the larger top gate; normalized gates of one choice are all 1."""
     layer = make_layer(num_experts_per_tok=1, eval_capacity_factor=2.0, batch_priority=True).eval()

@@ -172,7 +172,8 @@ def test_every_recipe_runs_two_steps_of_every_stage(name, small_scenes, recipes,
 
 
 def test_every_recipe_is_in_the_test_above(recipes):
-    tested = {"scenes_dense", "flickr8k", "clip_moe_l14_sharegpt4v", "scenes", "smoke"}
+    # scenes_limoe: test_limoe_run.py.
+    tested = {"scenes_dense", "flickr8k", "clip_moe_l14_sharegpt4v", "scenes", "scenes_limoe", "smoke"}
     assert {path.stem for path in recipes.glob("*.yaml")} == tested
 
 
