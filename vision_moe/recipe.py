@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vision_moe.moe_recipe import MoEConfig
+
 Method = Literal["dense", "direct", "sparse_upcycling", "dmu"]
 
 
@@ -84,26 +86,6 @@ class StageConfig:
     """Gradient clipping by global norm; 0 is off."""
     label_smoothing: float = 0.0
     """Smoothing of both cross-entropies; the official code uses 0.1, the paper names none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-    """The mixture that is built and its router losses."""
-
-    num_experts: int = 4
-    """Experts per block; DMU trains num_experts - 1 stages, expert 0 is the dense start."""
-    num_experts_per_tok: int = 2
-    """Experts that see a token."""
-    layers: Literal["all", "odd"] | int = "all"
-    """Blocks that become mixtures: "all", "odd" (every second one), or n for the last n of each tower."""
-    router_std: float = 0.02
-    """Standard deviation of the random router."""
-    router_aux_loss_coef: float = 0.01
-    """Weight of the load-balance loss."""
-    router_z_loss_coef: float = 0.0
-    """Weight of the z-loss."""
-    balance_top_k: bool = False
-    """Count top-k slots (official code) instead of the first choice (paper) in the balance loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
