@@ -150,9 +150,9 @@ def count(name: str, config: CLIPConfig, moe: str = "") -> Row:
 
 
 def table(rows: list[Row], reference: Row) -> str:
-    """The rows as Markdown; FLOPs in 10^9, shares of the reference's blocks."""
+    """The rows as Markdown, the shares being those of the reference's blocks."""
     lines = [
-        "| model | mixtures | parameters | activated | image | text | blocks, image | blocks, text | blocks, % of "
+        "| model | mixtures | parameters | activated | GFLOPs, image | text | blocks only, image | text | blocks, % of "
         f"{reference.model} |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -161,6 +161,7 @@ def table(rows: list[Row], reference: Row) -> str:
         cells = [row.model, row.moe or "none", f"{row.parameters / 1e6:.1f} M", f"{row.activated / 1e6:.1f} M"]
         cells += [f"{value / 1e9:.2f}" for value in flops]
         lines.append(f"| {' | '.join(cells)} | {100 * row.blocks / reference.blocks:.1f} |")
+    lines += ["", "One picture and one caption of full length; a multiply-add counts as 2 FLOPs."]
     return "\n".join(lines) + "\n"
 
 

@@ -96,7 +96,8 @@ def test_the_command_prints_a_table_and_writes_the_numbers(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["flops", "--presets", "[ViT-B-16]", "--output", str(tmp_path / "flops.json")])
     flops.main()
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[-2].strip() for line in printed[2:]] == ["23.3", "30.8", "38.3"]
+    assert [line.split("|")[-2].strip() for line in printed[2:5]] == ["23.3", "30.8", "38.3"]
+    assert printed[6].endswith("a multiply-add counts as 2 FLOPs.")
     written = json.loads((tmp_path / "flops.json").read_text())
     assert [row["moe"] for row in written["rows"]] == ["", "top 2 of 8 in odd blocks", "top 2 of 8 in all blocks"]
     assert written["rows"][0]["parameters"] == 149_620_737

@@ -33,12 +33,12 @@ class Source(NamedTuple):
 
     Attributes:
         model: in our names.
-        processor: of a transformers folder, None for foreign formats.
+        folder: SRC where it is a transformers model, which has a processor of its own.
         preprocess: an open_clip folder's settings of the pictures.
     """
 
     model: CLIPModel
-    processor: CLIPProcessor | None = None
+    folder: str | None = None
     preprocess: Mapping[str, Any] | None = None
 
 
@@ -56,7 +56,7 @@ def convert(
     """
     source = _read(src, num_experts_per_tok, open_clip_name)
     writes_state = dst.suffix in SUFFIXES
-    if source.processor is not None and not writes_state and image_size is None:
+    if source.folder is not None and not writes_state and image_size is None:
         raise ValueError(
             f"{src} is a transformers model already: name a DST that ends in {' or '.join(SUFFIXES)} for its state "
             f"dict in foreign names, or pass --image-size"
@@ -121,7 +121,7 @@ def _read(src: str, num_experts_per_tok: int | None, open_clip_name: str | None)
     model = AutoModel.from_pretrained(src)
     if not isinstance(model, CLIPModel):
         raise ValueError(f"{src} must hold a CLIPModel or a CLIPMoEModel, but holds a {type(model).__name__}")
-    return Source(model, processor=CLIPProcessor.from_pretrained(src))
+    return Source(model, folder=src)
 
 
 def _packaged_config(name: str) -> dict[str, Any]:
@@ -155,9 +155,10 @@ def _write_folder(source: Source, folder: Path) -> None:
 
 def _processor(source: Source) -> CLIPProcessor | CLIPImageProcessor:
     vision, text = source.model.config.vision_config, source.model.config.text_config
-    if source.processor is not None:
-        images = resized(source.processor.image_processor, vision.image_size)
-        return CLIPProcessor(image_processor=images, tokenizer=source.processor.tokenizer)
+    if source.folder is not None:
+        own = CLIPProcessor.from_pretrained(source.folder)
+        images = resized(own.image_processor, vision.image_size)
+        return CLIPProcessor(image_processor=images, tokenizer=own.tokenizer)
     images = image_processor(vision.image_size, source.preprocess)
     if text.vocab_size != OPENAI_VOCAB:
         logger.warning(

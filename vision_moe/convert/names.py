@@ -4,7 +4,7 @@ Official CLIP-MoE and open_clip keep OpenAI's names; a CLIP-MoE has `gate` and `
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ class Blocks(NamedTuple):
     num_experts: Mapping[int, int]
 
 
-def read_blocks(names: Iterator[str] | Sequence[str], tower: str) -> Blocks:
+def read_blocks(names: Iterable[str], tower: str) -> Blocks:
     """The blocks of the tower "vision" or "text", read off their names."""
     prefix = re.escape(_TOWERS[tower][1])
     pattern = re.compile(rf"{prefix}\.(\d+)\.(?:experts\.(\d+)\.)?")

@@ -36,7 +36,7 @@ _FIXED = {
 
 def is_official(state: State) -> bool:
     """Whether the tensors carry the names of an official CLIP-MoE."""
-    return any(read_blocks(list(state), tower).num_experts for tower in ("vision", "text"))
+    return any(read_blocks(state, tower).num_experts for tower in ("vision", "text"))
 
 
 def from_official(state: State, num_experts_per_tok: int) -> CLIPMoEModel:
@@ -49,7 +49,7 @@ def from_official(state: State, num_experts_per_tok: int) -> CLIPMoEModel:
     Raises:
         ValueError: tensors are missing or unexpected, or the sizes are not those of OpenAI's family.
     """
-    vision, text = (read_blocks(list(state), tower) for tower in ("vision", "text"))
+    vision, text = (read_blocks(state, tower) for tower in ("vision", "text"))
     ours = to_ours(state, rules(vision, text, _POSITIONS), "the official CLIP-MoE checkpoint")
     sizes = read_sizes(state, vision, text)
     for tower, blocks in (("vision_config", vision), ("text_config", text)):

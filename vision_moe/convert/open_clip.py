@@ -77,7 +77,7 @@ def translate(state: State, found: Architecture) -> tuple[CLIPConfig, dict[str, 
         ValueError: tensors are missing or unexpected, or the widths are those of another model.
     """
     state = {name: tensor for name, tensor in state.items() if name not in _NUMBERS}
-    vision, text = (read_blocks(list(state), tower) for tower in ("vision", "text"))
+    vision, text = (read_blocks(state, tower) for tower in ("vision", "text"))
     ours = to_ours(state, rules(vision, text, _POSITIONS), "the CLIP checkpoint")
     # open_clip has models whose scale is a vector of one.
     ours["logit_scale"] = ours["logit_scale"].reshape(())

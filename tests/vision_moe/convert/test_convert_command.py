@@ -86,6 +86,16 @@ def test_an_open_clip_folder_becomes_a_folder_for_auto_classes(open_clip, dense,
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_dense_state_dict_is_read_with_open_clips_configuration_of_its_name(open_clip, dense, tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny-for-a-test.json").write_text(json.dumps({**CONFIG, "quick_gelu": True}))
+    open_clip.add_model_config(tmp_path / "configs")
+    write_state(dense.state_dict(), tmp_path / "dense.pt")
+    convert(str(tmp_path / "dense.pt"), tmp_path / "out", open_clip_name="tiny-for-a-test")
+    vision = AutoModel.from_pretrained(tmp_path / "out").config.vision_config
+    assert (vision.num_attention_heads, vision.hidden_act) == (2, "quick_gelu")
+
+
 def test_there_and_back_is_the_same_file(dense, folder, tmp_path):
     convert(str(folder), tmp_path / "ours")
     convert(str(tmp_path / "ours"), tmp_path / "back.safetensors")
@@ -114,6 +124,10 @@ def test_an_official_checkpoint_is_converted_both_ways(make_official_like, tmp_p
     assert "no tokenizer is written: the vocabulary has 40 tokens" in caplog.text
     assert isinstance(AutoModel.from_pretrained(tmp_path / "ours"), CLIPMoEModel)
     assert CLIPImageProcessor.from_pretrained(tmp_path / "ours").crop_size["height"] == 16
+    convert(str(tmp_path / "ours"), tmp_path / "back.pt")
+    back = read_state(tmp_path / "back.pt")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_what_files_do_not_tell_is_asked_for(make_official_like, dense, tmp_path):

@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from vision_moe.convert.names import read_blocks
 from vision_moe.convert.official import from_official, to_official
-from vision_moe.model import CLIPMoEModel
+from vision_moe.model import CLIPMoEConfig, CLIPMoEModel
 
 WIDTH, NUM_EXPERTS, TOP_K, VOCAB, LENGTH, PATCH = 128, 4, 2, 60, 24, 8
 
@@ -214,6 +214,32 @@ def test_an_image_that_is_no_square_is_refused():
 def test_what_the_official_code_cannot_express_is_refused(make_official_like, fields, message):
     with pytest.raises(ValueError, match=message):
         to_official(make_official_like(**fields))
+
+
+def test_the_published_model_has_the_published_tensors():
+    """ViT-L/14 with 4 experts, on the meta device: names, shapes and number as the method's description lists them."""
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "max_position_embeddings": 248}
+    sizes = {"vision_config": {**vision, "patch_size": 14, "image_size": 224}, "text_config": text}
+    with torch.device("meta"):
+        model = CLIPMoEModel(CLIPMoEConfig(**sizes, projection_dim=768))
+    state = to_official(model)
+    assert sum(tensor.numel() for tensor in state.values()) == 1_202_429_441
+    # 12 tensors of attention and norms less 4 for one in_proj, the gate, and 4 of each expert; 36 blocks; 17 others.
+    assert len(state) == 36 * (8 + 1 + 4 * 4) + 17
+    for name, shape in {
+        "positional_embedding_res": (248, 768),
+        "text_projection": (768, 768),
+        "transformer.resblocks.11.attn.in_proj_weight": (2304, 768),
+        "transformer.resblocks.11.experts.3.c_fc.weight": (3072, 768),
+        "transformer.resblocks.0.gate.weight": (4, 768),
+        "visual.proj": (1024, 768),
+        "visual.positional_embedding": (257, 1024),
+        "visual.conv1.weight": (1024, 3, 14, 14),
+        "visual.transformer.resblocks.23.experts.0.c_proj.weight": (1024, 4096),
+        "visual.transformer.resblocks.23.attn.in_proj_bias": (3072,),
+    }.items():
+        assert state[name].shape == shape, name
 
 
 def test_block_numbers_of_two_digits_are_read():
