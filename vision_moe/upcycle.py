@@ -208,11 +208,13 @@ def _moe_config(
         raise ValueError(f"unknown fields {', '.join(unknown)}; choose among {', '.join(sorted(allowed))}")
     if not towers or not set(towers) <= set(TOWERS):
         raise ValueError(f"towers must be one or both of {', '.join(TOWERS)}, but got {towers}")
+    chosen = layers if isinstance(layers, Mapping) else dict.fromkeys(towers, layers)
+    if missing := sorted(set(towers) - chosen.keys()):
+        raise ValueError(f"layers must name the blocks of each of towers={towers}, but lacks {', '.join(missing)}")
 
     def fields(tower: str) -> dict[str, Any]:
         config = getattr(base.config, f"{tower}_config")
-        wanted = layers[tower] if isinstance(layers, Mapping) else layers
-        moe_layers = resolve_layers(wanted, config.num_hidden_layers) if tower in towers else []
+        moe_layers = resolve_layers(chosen[tower], config.num_hidden_layers) if tower in towers else []
         dense = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
         return {
             **dense,

@@ -80,6 +80,8 @@ def test_every_nth_block_is_counted_as_v_moe_does(layers, depth, expected):
 def test_each_tower_can_have_its_own_layers(make_dense_clip):
     moe = upcycle(make_dense_clip(0), layers={"vision": "odd", "text": "all"})
     assert (moe.config.vision_config.moe_layers, moe.config.text_config.moe_layers) == ([1], [0, 1])
+    with pytest.raises(ValueError, match="but lacks text"):
+        upcycle(make_dense_clip(0), layers={"vision": "odd"})
 
 
 def test_merged_donors_take_routing_fields_and_refuse_narrow_experts(make_dense_clip, donors):
