@@ -20,15 +20,15 @@ from vision_moe.positions import NUM_KEPT
 logger = logging.getLogger(__name__)
 
 _HEAD_DIM = 64
-# What the official code computes, whatever its checkpoint holds.
+# What the official code computes in evaluation, whatever its checkpoint holds.
 _FIXED = {
     "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
     "shared_expert": False,
     "expert_width_factor": 1.0,
     "router_type": "token_choice",
     "scoring_func": "softmax",
     "norm_topk_prob": True,
-    "capacity_factor": None,
     "eval_capacity_factor": None,
     "router_bias_update_rate": None,
 }
@@ -121,6 +121,8 @@ def _check_expressible(config: CLIPConfig) -> None:
         other = {field: getattr(tower, field) for field, value in wanted.items() if getattr(tower, field) != value}
         if other:
             raise ValueError(f"the official code has no {', '.join(f'{k}={v!r}' for k, v in other.items())} ({name})")
+    if len({tower.num_experts_per_tok for tower in towers.values() if tower.moe_block_indices}) > 1:
+        raise ValueError("the official code has one num_experts_per_tok for both towers; theirs differ")
     last = len(towers["vision"].moe_block_indices)
     for name, tower in towers.items():
         depth = tower.num_hidden_layers

@@ -35,7 +35,7 @@ def openai_tokenizer(context_length: int) -> CLIPTokenizer:
 
 
 def image_processor(image_size: int, preprocess: Mapping[str, Any] | None = None) -> CLIPImageProcessor:
-    """CLIP's image processor: shortest edge to `image_size`, bicubic, centre crop, OpenAI's mean and deviation.
+    """CLIP's image processor: shortest edge to `image_size`, bicubic, center crop, OpenAI's mean and deviation.
 
     Args:
         image_size: pixels per side.

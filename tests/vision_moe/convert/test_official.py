@@ -208,6 +208,7 @@ def test_an_image_that_is_no_square_is_refused():
     [
         ({"norm_topk_prob": False}, "no norm_topk_prob=False"),
         ({"shared_expert": True}, "no shared_expert=True"),
+        ({"eval_capacity_factor": 1.0}, r"no eval_capacity_factor=1\.0"),
         ({"moe_layers": [0]}, r"last n blocks of both towers mixtures, but the vision tower has them in \[0\] of 2"),
     ],
 )
