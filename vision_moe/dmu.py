@@ -22,7 +22,7 @@ from vision_moe.features import extract_features, weights_fingerprint
 from vision_moe.files import write_json
 from vision_moe.model import CLIPMoEModel
 from vision_moe.recipe import StageConfig, TrainConfig
-from vision_moe.stages import Stage, StageRunner, with_router_losses
+from vision_moe.stages import Stage, StageRunner
 from vision_moe.upcycle import merge_donors
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def run_dmu(runner: StageRunner, start: Path) -> dict[str, Path]:
         trainable="router",
         samples=stage_samples(config.router, len(runner.dataset)),
     )
-    models["dmu"] = runner.run(router, lambda: _merge(config, start, [models[name] for name in names]))
+    models["dmu"] = runner.run(router, lambda: _merge(runner, start, [models[name] for name in names]))
     if is_main():
         shutil.rmtree(config.output / "features", ignore_errors=True)
     return models
@@ -121,13 +121,16 @@ def _stage_labels(runner: StageRunner, number: int, model_folder: Path, previous
     return Labels(labels_N, parents_N)
 
 
-def _merge(config: TrainConfig, start: Path, donors: list[Path]) -> CLIPMoEModel:
-    moe = merge_donors(
+def _merge(runner: StageRunner, start: Path, donors: list[Path]) -> CLIPMoEModel:
+    moe = runner.config.moe
+    model = merge_donors(
         AutoModel.from_pretrained(start),
         [AutoModel.from_pretrained(donor) for donor in donors],
-        num_experts_per_tok=config.moe.num_experts_per_tok,
-        layers=config.moe.layers,
-        router_std=config.moe.router_std,
-        seed=config.seed,
+        num_experts_per_tok=moe.num_experts_per_tok,
+        layers=moe.tower_layers,
+        towers=moe.towers,
+        router_std=moe.router_std,
+        seed=runner.config.seed,
+        **moe.model_fields,
     )
-    return with_router_losses(moe, config.moe)
+    return runner.init_routers(model, moe)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from vision_moe.moe.losses import AuxLossWeights
+from vision_moe.moe_recipe import Layers, MoEConfig
 
 Method = Literal["dense", "direct", "sparse_upcycling", "dmu", "limoe"]
 
@@ -89,26 +90,6 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-    """The mixture that is built and its router losses."""
-
-    num_experts: int = 4
-    """Experts per block; DMU trains num_experts - 1 stages, expert 0 is the dense start."""
-    num_experts_per_tok: int = 2
-    """Experts that see a token."""
-    layers: Literal["all", "odd"] | int = "all"
-    """Blocks that become mixtures: "all", "odd" (every second one), or n for the last n of each tower."""
-    router_std: float = 0.02
-    """Standard deviation of the random router."""
-    router_aux_loss_coef: float = 0.01
-    """Weight of the load-balance loss."""
-    router_z_loss_coef: float = 0.0
-    """Weight of the z-loss."""
-    balance_top_k: bool = False
-    """Count top-k slots (official code) instead of the first choice (paper) in the balance loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class MCLConfig:
     """Multistage contrastive learning: how batches of hard negatives are made."""
 
@@ -148,8 +129,8 @@ class OneTowerConfig:
     """Experts per MoE block, for images and text alike."""
     num_experts_per_tok: int = 1
     """Experts that see a token."""
-    layers: Literal["all", "odd"] | int = "odd"
-    """Blocks with experts: "all", "odd" (every second one), or n for the last n."""
+    layers: Layers = "odd"
+    """Blocks with experts, as in `moe`."""
     capacity_factor: float | None = 1.05
     """Places of an expert in training, over an even share of the batch's tokens (V-MoE: 1.05); None drops no token.
     Nothing is dropped in evaluation, so that an embedding does not depend on its batch."""

@@ -5,12 +5,13 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import CLIPProcessor, PreTrainedModel
 
 from vision_moe.checkpoint import last_checkpoint, write_folder
@@ -21,9 +22,11 @@ from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.files import write_json
 from vision_moe.freeze import set_trainable
 from vision_moe.model import CLIPMoEModel
+from vision_moe.moe_recipe import MoEConfig
 from vision_moe.muon import MuonAdamW
-from vision_moe.recipe import MoEConfig, StageConfig, TrainConfig
+from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.router_bias import RouterBiasCallback
+from vision_moe.router_init import router_from_centroids
 from vision_moe.tracking import MetricsCallback
 from vision_moe.trainer import ContrastiveTrainer, training_arguments
 
@@ -146,6 +149,33 @@ class StageRunner:
 
         write_folder(folder, write)
 
+    def init_routers(self, model: CLIPMoEModel, moe: MoEConfig) -> CLIPMoEModel:
+        """Starts the routers as the recipe says, on every rank alike, and returns the model."""
+        if moe.router_init == "centroids":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            experts_per_cluster = round(1 / model.config.vision_config.expert_width_factor)
+            router_from_centroids(
+                model.to(device),
+                self._batches(device),
+                seed=self.config.seed,
+                experts_per_cluster=experts_per_cluster,
+            )
+        return model
+
+    def _batches(self, device: torch.device) -> Iterator[dict[str, Tensor]]:
+        """One pass over the training set in random order, the same on every rank."""
+        size = min(self.config.feature_batch_size, len(self.dataset))
+        sampler = EpochBatchSampler(len(self.dataset), size, len(self.dataset) // size, self.config.seed)
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            collate_fn=CaptionCollator(self.processor),
+            num_workers=self.config.data.num_workers,
+        )
+        for batch in loader:
+            del batch["index"]
+            yield {name: value.to(device) for name, value in batch.items()}
+
     def _sampler(self, stage: Stage, num_steps: int) -> EpochBatchSampler | ClusterBatchSampler:
         batch, seed = self.config.global_batch_size, self.config.seed
         if len(self.dataset) < batch:
@@ -173,15 +203,6 @@ class StageRunner:
         if self.config.logit_scale is not None and stage.name not in _START_STAGES:
             with torch.no_grad():
                 model.logit_scale.fill_(self.config.logit_scale)
-
-
-def with_router_losses(model: CLIPMoEModel, moe: MoEConfig) -> CLIPMoEModel:
-    """Writes the recipe's router losses into the configuration of both towers, and returns the model."""
-    for tower in (model.config.vision_config, model.config.text_config):
-        tower.router_aux_loss_coef = moe.router_aux_loss_coef
-        tower.router_z_loss_coef = moe.router_z_loss_coef
-        tower.balance_top_k = moe.balance_top_k
-    return model
 
 
 def finished_stages(output: Path) -> dict[str, dict[str, object]]:

@@ -28,7 +28,7 @@ from vision_moe.positions import stretch_text
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.run_folder import check_folder, claim_folder
 from vision_moe.scratch import build_clip, build_processor
-from vision_moe.stages import Stage, StageRunner, with_router_losses
+from vision_moe.stages import Stage, StageRunner
 from vision_moe.tracking import setup_logging
 from vision_moe.upcycle import upcycle
 
@@ -63,7 +63,7 @@ def run(config: TrainConfig) -> dict[str, Path]:
             models["direct"] = runner.run(stage, partial(AutoModel.from_pretrained, models["dense"]))
         elif method == "sparse_upcycling":
             stage = _full_stage("sparse_upcycling", config.sparse_upcycling, baseline)
-            models["sparse_upcycling"] = runner.run(stage, partial(_sparse_upcycling, config, models["dense"]))
+            models["sparse_upcycling"] = runner.run(stage, partial(_sparse_upcycling, runner, models["dense"]))
         elif method == "dmu":
             models |= run_dmu(runner, models["dense"])
         elif method == "limoe":
@@ -122,16 +122,19 @@ def _full_stage(name: str, config: StageConfig, baseline_samples: int) -> Stage:
     return Stage(name=name, config=config, trainable="all", samples=samples)
 
 
-def _sparse_upcycling(config: TrainConfig, start: Path) -> CLIPMoEModel:
-    moe = upcycle(
+def _sparse_upcycling(runner: StageRunner, start: Path) -> CLIPMoEModel:
+    moe = runner.config.sparse_moe
+    model = upcycle(
         AutoModel.from_pretrained(start),
-        num_experts=config.sparse_moe.num_experts,
-        num_experts_per_tok=config.sparse_moe.num_experts_per_tok,
-        layers=config.sparse_moe.layers,
-        router_std=config.sparse_moe.router_std,
-        seed=config.seed,
+        num_experts=moe.num_experts,
+        num_experts_per_tok=moe.num_experts_per_tok,
+        layers=moe.tower_layers,
+        towers=moe.towers,
+        router_std=moe.router_std,
+        seed=runner.config.seed,
+        **moe.model_fields,
     )
-    return with_router_losses(moe, config.sparse_moe)
+    return runner.init_routers(model, moe)
 
 
 def _open_data(config: TrainConfig) -> CaptionDataset:

@@ -15,6 +15,7 @@ from vision_moe.contrastive import contrastive_loss
 from vision_moe.distributed import world_size
 from vision_moe.modality_routing import modality_metrics
 from vision_moe.recipe import StageConfig, TrainConfig
+from vision_moe.routing_metrics import RoutingMetrics
 from vision_moe.sampled_trainer import SampledTrainer
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class ContrastiveTrainer(SampledTrainer):
         self.label_smoothing = label_smoothing
         self.groups_N = groups_N
         self._terms: dict[str, list[Tensor]] = {}
+        self._routing = RoutingMetrics()
         # The loss is a mean over the global batch already: the Trainer must not divide it by accumulation steps.
         self.model_accepts_loss_kwargs = False
 
@@ -67,6 +69,7 @@ class ContrastiveTrainer(SampledTrainer):
         )
         aux = getattr(outputs, "aux_loss", None)
         self._record("contrastive_loss", contrastive)
+        self._routing.add(outputs)
         if aux is not None:
             self._record("aux_loss", aux)
         for name, value in modality_metrics(outputs, unwrapped.config).items():
@@ -75,11 +78,12 @@ class ContrastiveTrainer(SampledTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the loss terms since the last log."""
+        """Adds the means of the loss terms and the routing since the last log."""
         if "loss" in logs:
             for name, values in self._terms.items():
                 logs[name] = float(torch.stack(values).mean())
             self._terms = {}
+            logs |= self._routing.pop(self.accelerator.unwrap_model(self.model).config)
         super().log(logs, start_time)
 
     def _record(self, name: str, value: Tensor) -> None:

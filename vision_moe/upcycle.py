@@ -5,6 +5,7 @@
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,7 +20,8 @@ from vision_moe.model.configuration import MoEFields
 logger = logging.getLogger(__name__)
 
 TOWERS = ("vision", "text")
-Layers = str | int | Sequence[int]
+TowerLayers = str | int | Sequence[int]
+Layers = TowerLayers | Mapping[str, TowerLayers]
 Model = TypeVar("Model", CLIPModel, CLIPMoEModel)
 
 
@@ -47,8 +49,9 @@ def upcycle(
         dense: the parent, left as it is.
         num_experts: experts per MoE block.
         num_experts_per_tok: experts that compute each token.
-        layers: which blocks of each tower become mixtures: "all"; "odd" = 1, 3, 5, ...; an int n = the last n, or all
-            of a shorter tower; or a list of indices counted from 0, valid in each tower.
+        layers: which blocks of each tower become mixtures: "all"; "odd" = 1, 3, 5, ...; "every_n" = n - 1, 2n - 1, ...
+            (V-MoE); an int n = the last n, or all of a shorter tower; or a list of indices counted from 0, valid in
+            each tower. Or one of these for "vision" and one for "text", as a mapping.
         towers: which of "vision" and "text" get mixtures.
         router_std: standard deviation of the routers' initial weights.
         seed: of the routers' initial weights.
@@ -72,6 +75,7 @@ def merge_donors(
     towers: Iterable[str] = TOWERS,
     router_std: float = 0.02,
     seed: int = 0,
+    **fields: Any,
 ) -> CLIPMoEModel:
     """Makes a CLIP-MoE with expert 0 from `base`, expert j from `donors[j - 1]`, and all other weights from `base`.
 
@@ -83,13 +87,18 @@ def merge_donors(
         towers: as in `upcycle`.
         router_std: as in `upcycle`.
         seed: as in `upcycle`.
+        **fields: as in `upcycle`, with whole MLPs as experts.
 
     Raises:
-        ValueError: if a donor's shape is not the base's, or as in `upcycle`.
+        ValueError: if a donor's shape is not the base's, the experts are narrow, or as in `upcycle`.
     """
     if not donors:
         raise ValueError("merge_donors needs at least one donor; use upcycle() for copies of one model")
-    moe = _build([base, *donors], num_experts_per_tok, layers, towers, router_std, seed)
+    if fields.get("expert_width_factor", 1) != 1:
+        raise ValueError(
+            f"a donor's MLP is one whole expert, but got expert_width_factor={fields['expert_width_factor']}"
+        )
+    moe = _build([base, *donors], num_experts_per_tok, layers, towers, router_std, seed, fields)
     for number, donor in enumerate(donors, start=1):
         _warn_of_unused_weights(base, donor, number, moe)
     return moe
@@ -199,10 +208,13 @@ def _moe_config(
         raise ValueError(f"unknown fields {', '.join(unknown)}; choose among {', '.join(sorted(allowed))}")
     if not towers or not set(towers) <= set(TOWERS):
         raise ValueError(f"towers must be one or both of {', '.join(TOWERS)}, but got {towers}")
+    chosen = layers if isinstance(layers, Mapping) else dict.fromkeys(towers, layers)
+    if missing := sorted(set(towers) - chosen.keys()):
+        raise ValueError(f"layers must name the blocks of each of towers={towers}, but lacks {', '.join(missing)}")
 
     def fields(tower: str) -> dict[str, Any]:
         config = getattr(base.config, f"{tower}_config")
-        moe_layers = resolve_layers(layers, config.num_hidden_layers) if tower in towers else []
+        moe_layers = resolve_layers(chosen[tower], config.num_hidden_layers) if tower in towers else []
         dense = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
         return {
             **dense,
@@ -220,13 +232,18 @@ def _moe_config(
     )
 
 
-def resolve_layers(layers: Layers, depth: int) -> list[int]:
-    """Indices of the MoE blocks in a tower of `depth` blocks."""
+def resolve_layers(layers: TowerLayers, depth: int) -> list[int]:
+    """Indices of the MoE blocks in a tower of `depth` blocks; see `upcycle`.
+
+    Raises:
+        ValueError: if the choice is unknown or not in the tower.
+    """
     if isinstance(layers, str):
-        choices = {"all": range(depth), "odd": range(1, depth, 2)}
-        if layers not in choices:
-            raise ValueError(f"layers must be 'all', 'odd', an int or a list of ints, but got {layers!r}")
-        return list(choices[layers])
+        match = re.fullmatch(r"all|odd|every_([1-9]\d*)", layers)
+        if match is None:
+            raise ValueError(f"layers must be 'all', 'odd', 'every_n', an int or a list of ints, but got {layers!r}")
+        step = {"all": 1, "odd": 2}.get(layers) or int(match[1])
+        return list(range(step - 1, depth, step))
     if isinstance(layers, int):
         if layers < 1:
             raise ValueError(f"layers, the number of last blocks, must be at least 1, but got {layers}")

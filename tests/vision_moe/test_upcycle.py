@@ -7,7 +7,7 @@ import torch
 
 from vision_moe.model import CLIPMoEConfig, CLIPMoEModel
 from vision_moe.moe.experts import Experts
-from vision_moe.upcycle import expert_as_dense, merge_donors, upcycle
+from vision_moe.upcycle import expert_as_dense, merge_donors, resolve_layers, upcycle
 
 FC_OF_EXPERTS = {
     "up_proj": "fc1.weight",
@@ -67,6 +67,30 @@ def test_upcycled_model_computes_what_its_parent_does_with_every_kind_of_routing
         expected, actual = dense(**clip_batch), moe(**clip_batch)
     for name in ("image_embeds", "text_embeds", "logits_per_image"):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "depth", "expected"),
+    [("every_1", 3, [0, 1, 2]), ("every_2", 4, [1, 3]), ("every_3", 7, [2, 5]), ("odd", 5, [1, 3]), ("every_9", 4, [])],
+)
+def test_every_nth_block_is_counted_as_v_moe_does(layers, depth, expected):
+    assert resolve_layers(layers, depth) == expected
+
+
+def test_each_tower_can_have_its_own_layers(make_dense_clip):
+    moe = upcycle(make_dense_clip(0), layers={"vision": "odd", "text": "all"})
+    assert (moe.config.vision_config.moe_layers, moe.config.text_config.moe_layers) == ([1], [0, 1])
+    with pytest.raises(ValueError, match="but lacks text"):
+        upcycle(make_dense_clip(0), layers={"vision": "odd"})
+
+
+def test_merged_donors_take_routing_fields_and_refuse_narrow_experts(make_dense_clip, donors):
+    moe = merge_donors(make_dense_clip(0), donors, capacity_factor=1.5, router_z_loss_coef=1e-3)
+    for tower in (moe.config.vision_config, moe.config.text_config):
+        assert (tower.capacity_factor, tower.router_z_loss_coef) == (1.5, 1e-3)
+    assert moe.vision_model.encoder.layers[0].mlp.capacity_factor == 1.5
+    with pytest.raises(ValueError, match=r"one whole expert, but got expert_width_factor=0\.5"):
+        merge_donors(make_dense_clip(0), donors, expert_width_factor=0.5)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +197,7 @@ def test_weights_of_a_donor_that_the_mixture_drops_are_reported(make_dense_clip,
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"layers": "even"}, "layers must be 'all', 'odd', an int or a list of ints, but got 'even'"),
+        ({"layers": "even"}, "layers must be 'all', 'odd', 'every_n', an int or a list of ints, but got 'even'"),
         ({"layers": 0}, "must be at least 1, but got 0"),
         ({"layers": [2]}, r"layers must be distinct and in \[0, 2\) for a tower of 2 blocks, but got \[2\]"),
         ({"towers": ("image",)}, "towers must be one or both of vision, text"),

@@ -156,7 +156,17 @@ def test_a_set_smaller_than_a_batch_is_refused(flags, tmp_path):
         run(parse(TrainConfig, flags(tmp_path / "run", "--global_batch_size", "200")))
 
 
-@pytest.mark.parametrize("name", ["scenes_dense", "flickr8k", "clip_moe_l14_sharegpt4v"])
+# Stages of each recipe with the last one's model first, and its text positions.
+RECIPES = {
+    "scenes_dense": (("dense",), 77),
+    "flickr8k": (("dmu", *ALL_STAGES[:-1]), 77),
+    "clip_moe_paper": (("dmu", *ALL_STAGES[:-1]), 248),
+    "clip_moe_official_code": (("dmu", "dense", "mcl1", "mcl2", "mcl3"), 248),
+    "clip_up": (("sparse_upcycling", "dense", "direct"), 77),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_two_steps_of_every_stage(name, small_scenes, recipes, tmp_path):
     data = ["--data.train", str(small_scenes), "--data.eval_split", "test", "--output", str(tmp_path / "run")]
     config = parse(
@@ -165,16 +175,30 @@ def test_every_recipe_runs_two_steps_of_every_stage(name, small_scenes, recipes,
         smoke=recipes / "smoke.yaml",
     )
     models = run(config)
-    expected = {"dense"} if name == "scenes_dense" else set(ALL_STAGES)
-    assert set(models) == expected
-    last = AutoModel.from_pretrained(models["dense" if name == "scenes_dense" else "dmu"])
-    assert last.config.text_config.max_position_embeddings == (248 if name == "clip_moe_l14_sharegpt4v" else 77)
+    stages, text_positions = RECIPES[name]
+    assert set(models) == set(stages)
+    last = AutoModel.from_pretrained(models[stages[0]])
+    assert last.config.text_config.max_position_embeddings == text_positions
+    if name == "clip_up":
+        assert last.config.vision_config.moe_layers == last.config.text_config.moe_layers == [1]
+        assert last.vision_model.encoder.layers[1].mlp.capacity_factor == 2.0
+        logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        steps = [entry for entry in logged if entry["stage"] == "sparse_upcycling" and "loss" in entry]
+        for entry in steps:
+            routing = {key: value for key, value in entry.items() if key.startswith("moe/")}
+            assert set(routing) == {
+                f"moe/{tower}/layer1/{metric}"
+                for tower in ("vision", "text")
+                for metric in ("max_violation", "dropped_fraction")
+            }
+            # 8 experts, top-2: all tokens in the same two exceed the mean by 3.
+            assert all(0 <= value <= 3 for value in routing.values())
+        assert not [key for entry in logged if entry["stage"] == "direct" for key in entry if key.startswith("moe/")]
 
 
 def test_every_recipe_is_in_the_test_above(recipes):
     # scenes_limoe: test_limoe_run.py.
-    tested = {"scenes_dense", "flickr8k", "clip_moe_l14_sharegpt4v", "scenes", "scenes_limoe", "smoke"}
-    assert {path.stem for path in recipes.glob("*.yaml")} == tested
+    assert {path.stem for path in recipes.glob("*.yaml")} == {*RECIPES, "scenes", "scenes_limoe", "smoke"}
 
 
 def test_two_processes_train_what_one_process_trains(unbroken, flags, tmp_path):
