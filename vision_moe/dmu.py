@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class Labels(NamedTuple):
-    """Accumulated labels of the training set and the coarser ones of the stage before; int64[N] each."""
+    """Accumulated labels of the training set and, latest first, the coarser ones of the stages before; int64[N] each."""
 
     labels_N: Tensor
-    parents_N: Tensor
+    ancestors: tuple[Tensor, ...]
 
 
 def stage_samples(stage: StageConfig, num_samples: int) -> int:
@@ -64,7 +64,7 @@ def run_dmu(runner: StageRunner, start: Path) -> dict[str, Path]:
             trainable="ffn",
             samples=stage_samples(config.mcl, len(runner.dataset)),
             labels_N=labels.labels_N if labels else None,
-            parents_N=labels.parents_N if labels else None,
+            ancestors=labels.ancestors if labels else (),
         )
         models[name] = previous = runner.run(stage, partial(AutoModel.from_pretrained, init))
     router = Stage(
@@ -99,7 +99,6 @@ def _stage_labels(runner: StageRunner, number: int, model_folder: Path, previous
     seed = config.seed + number
     image = kmeans(features.image_ND, clustering.image_clusters, seed=seed)
     text = kmeans(features.text_ND, clustering.text_clusters, seed=seed)
-    parents_N = previous.labels_N if previous else torch.zeros(len(runner.dataset), dtype=torch.int64)
     labels_N = accumulate_labels(
         previous.labels_N if previous else None,
         image.labels_N,
@@ -118,7 +117,7 @@ def _stage_labels(runner: StageRunner, number: int, model_folder: Path, previous
     if is_main():
         summary = {"accumulated_labels": len(sizes), "sizes": sorted(sizes.tolist(), reverse=True)}
         write_json(config.output / f"mcl{number}" / "clusters.json", summary)
-    return Labels(labels_N, parents_N)
+    return Labels(labels_N, (previous.labels_N, *previous.ancestors) if previous else ())
 
 
 def _merge(runner: StageRunner, start: Path, donors: list[Path]) -> CLIPMoEModel:

@@ -100,8 +100,8 @@ class MCLConfig:
     init_from: Literal["base", "previous"] = "base"
     """Where a stage starts: the dense model (official code, released weights) or the stage before (paper's wording)."""
     small_clusters: Literal["drop", "back_off"] = "drop"
-    """Clusters below a global batch: drop them (official code), or pool them under their parent label and mask
-    the negatives across labels."""
+    """Clusters below a global batch: drop them (official code), or pool them under the finest label of an
+    earlier stage that fills a batch, and mask the negatives across labels."""
     random_batches: bool = False
     """Control: ignore the clusters and draw batches at random."""
 

@@ -50,8 +50,8 @@ class Stage:
     """Pairs seen."""
     labels_N: Tensor | None = None
     """int64[N] accumulated labels: batches come from one label each."""
-    parents_N: Tensor | None = None
-    """int64[N] coarser labels that small clusters fall back to."""
+    ancestors: tuple[Tensor, ...] = ()
+    """int64[N] each, coarser labels that small clusters back off to, the finest first."""
 
 
 class StageRunner:
@@ -193,7 +193,7 @@ class StageRunner:
             rank(),
             world_size(),
             small_clusters=self.config.clustering.small_clusters,
-            parents=stage.parents_N,
+            ancestors=stage.ancestors,
         )
 
     def _trains_logit_scale(self, stage: Stage) -> bool:
@@ -216,4 +216,7 @@ def _muon(model: PreTrainedModel, config: StageConfig) -> MuonAdamW:
 
 def _plan(stage: Stage, sampler: EpochBatchSampler | ClusterBatchSampler, num_steps: int) -> str:
     plan = f"{stage.samples} pairs in {num_steps} steps"
-    return f"{plan}, {sampler.report()}" if isinstance(sampler, ClusterBatchSampler) else plan
+    if not isinstance(sampler, ClusterBatchSampler):
+        return plan
+    counts = {name: value for name, value in sampler.report().items() if name != "sizes"}
+    return f"{plan}, an epoch of which has {counts}"

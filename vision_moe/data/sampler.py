@@ -5,7 +5,7 @@ the global batch from the seed alone, so all ranks plan the same one, and each t
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Literal
 
@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 DatasetKey = tuple[int, int]
+Indices = NDArray[np.int64]
+# Label and members of each.
+Clusters = list[tuple[int, Indices]]
 
 
 class GlobalBatchSampler(Sampler[list[DatasetKey]]):
@@ -117,9 +120,9 @@ class ClusterBatchSampler(GlobalBatchSampler):
 
     Round robin over the clusters in order of their label; a cluster is shuffled anew each epoch and gives as
     many whole batches as it holds, one a visit. Clusters smaller than a batch are dropped (as the official
-    CLIP-MoE code does), or back off: they are pooled with the other small ones below the same parent label,
-    members of one cluster side by side. A pooled batch holds several labels; the loss must then not count
-    pairs of different label as negatives (`groups_B` of contrastive_loss).
+    CLIP-MoE code does), or back off: they are pooled with the other small ones below the finest coarser label that
+    fills a batch, members of one cluster side by side. A pooled batch holds several labels; the loss must then not
+    count pairs of different label as negatives (`groups_B` of contrastive_loss).
 
     Args:
         labels_N: int[N], accumulated label of every sample.
@@ -129,13 +132,14 @@ class ClusterBatchSampler(GlobalBatchSampler):
         rank: number of this process.
         world_size: number of processes.
         small_clusters: what becomes of clusters smaller than a global batch.
-        parents: int[N], coarser labels for "back_off": those of the stage before, or zeros for one pool.
+        ancestors: int[N] each, coarser labels for "back_off", from the stage before back to the first; above the last
+            one all samples are one pool.
 
     Attributes:
         dropped: samples of an epoch that are in none of its batches.
 
     Raises:
-        ValueError: no cluster or pool fills a batch, or the parents do not fit the labels.
+        ValueError: no cluster or pool fills a batch, or the ancestors do not fit the labels.
     """
 
     def __init__(
@@ -147,20 +151,20 @@ class ClusterBatchSampler(GlobalBatchSampler):
         rank: int = 0,
         world_size: int = 1,
         small_clusters: Literal["drop", "back_off"] = "drop",
-        parents: Tensor | NDArray[np.int64] | None = None,
+        ancestors: Sequence[Tensor | NDArray[np.int64]] = (),
     ) -> None:
         super().__init__(global_batch_size, num_steps, seed, rank, world_size)
         if small_clusters not in ("drop", "back_off"):
             raise ValueError(f"unknown small_clusters {small_clusters!r}; choose one of: drop, back_off")
         members = _members(np.asarray(labels_N))
+        ancestors = [_same_length(np.asarray(labels), len(labels_N)) for labels in ancestors]
         self.cluster_sizes = {label: len(indices) for label, indices in members.items()}
         small = {label: indices for label, indices in members.items() if len(indices) < global_batch_size}
-        # A source of batches is a list of clusters: a large one alone, or the pooled small ones of a parent.
+        # A source of batches is a list of clusters: a large one alone, or pooled small ones.
         self._sources = [[(label, indices)] for label, indices in members.items() if label not in small]
         self._pooled: set[int] = set()
         if small_clusters == "back_off":
-            pools = _pools(small, _parents_of(members, parents))
-            pools = [pool for pool in pools if sum(len(indices) for _, indices in pool) >= global_batch_size]
+            pools = _pools(small, ancestors, global_batch_size)
             self._sources += pools
             self._pooled = {label for pool in pools for label, _ in pool}
         self.batches_per_epoch = sum(_size(source) // global_batch_size for source in self._sources)
@@ -197,12 +201,12 @@ class ClusterBatchSampler(GlobalBatchSampler):
             "backed_off": sum(self.cluster_sizes[label] for label in self._pooled),
         }
 
-    def _order(self, source: list[tuple[int, NDArray[np.int64]]], epoch: int) -> NDArray[np.int64]:
+    def _order(self, source: Clusters, epoch: int) -> NDArray[np.int64]:
         turns = self.shuffled(np.arange(len(source)), epoch, 0, source[0][0])
         return np.concatenate([self.shuffled(source[turn][1], epoch, 1, source[turn][0]) for turn in turns])
 
 
-def _members(labels_N: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
+def _members(labels_N: NDArray[np.int64]) -> dict[int, Indices]:
     if labels_N.ndim != 1 or labels_N.size == 0 or labels_N.dtype.kind not in "iu" or labels_N.min() < 0:
         raise ValueError(
             "labels_N must be a non-empty vector of integers from 0, but got shape "
@@ -214,30 +218,36 @@ def _members(labels_N: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
     return {int(label): part for label, part in zip(labels, parts, strict=True)}
 
 
-def _parents_of(members: dict[int, NDArray[np.int64]], parents: Tensor | NDArray[np.int64] | None) -> dict[int, int]:
-    num_samples = sum(len(indices) for indices in members.values())
-    if parents is None:
-        raise ValueError('small_clusters="back_off" needs parents, the coarser label of every sample')
-    parents_N = np.asarray(parents)
-    if parents_N.shape != (num_samples,):
-        raise ValueError(f"parents must have shape ({num_samples},) like the labels, but got {parents_N.shape}")
-    found = {}
-    for label, indices in members.items():
-        above = np.unique(parents_N[indices])
-        if len(above) > 1:
-            raise ValueError(
-                f"parents must be coarser than labels, but cluster {label} has parents {above[:5].tolist()}"
-            )
-        found[label] = int(above[0])
-    return found
+def _same_length(labels_N: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
+    if labels_N.shape != (num_samples,):
+        raise ValueError(f"ancestors must have shape ({num_samples},) like the labels, but got {labels_N.shape}")
+    return labels_N
 
 
-def _pools(small: dict[int, NDArray[np.int64]], parent_of: dict[int, int]) -> list[list[tuple[int, NDArray[np.int64]]]]:
-    pools: dict[int, list[tuple[int, NDArray[np.int64]]]] = {}
-    for label, indices in small.items():
-        pools.setdefault(parent_of[label], []).append((label, indices))
-    return [pools[parent] for parent in sorted(pools)]
+def _pools(small: dict[int, Indices], ancestors: list[NDArray[np.int64]], batch: int) -> list[Clusters]:
+    """Small clusters, each below its finest ancestor that fills a batch; what fills none is left out."""
+    waiting: list[Clusters] = [[cluster] for cluster in small.items()]
+    num_samples = max((int(indices.max()) + 1 for indices in small.values()), default=0)
+    pools = []
+    for labels_N in [*ancestors, np.zeros(num_samples, dtype=np.int64)]:
+        merged: dict[int, Clusters] = {}
+        for group in waiting:
+            merged.setdefault(_label_above(group, labels_N), []).extend(group)
+        groups = [merged[label] for label in sorted(merged)]
+        pools += [group for group in groups if _size(group) >= batch]
+        waiting = [group for group in groups if _size(group) < batch]
+    return pools
 
 
-def _size(source: list[tuple[int, NDArray[np.int64]]]) -> int:
+def _label_above(group: Clusters, labels_N: NDArray[np.int64]) -> int:
+    """The one coarser label of a group of clusters."""
+    above = np.unique(np.concatenate([labels_N[indices] for _, indices in group]))
+    if len(above) > 1:
+        raise ValueError(
+            f"ancestors must be coarser than labels, but cluster {group[0][0]} has ancestors {above[:5].tolist()}"
+        )
+    return int(above[0])
+
+
+def _size(source: Clusters) -> int:
     return sum(len(indices) for _, indices in source)

@@ -36,7 +36,7 @@ def test_slices_of_all_ranks_are_the_batch_of_one_process(kind, world_size):
     def sampler(rank, world_size):
         if kind == "epoch":
             return EpochBatchSampler(23, 4, 9, 5, rank, world_size)
-        extra = {"small_clusters": "back_off", "parents": LABELS_N // 10} if kind == "back_off" else {}
+        extra = {"small_clusters": "back_off", "ancestors": [LABELS_N // 10]} if kind == "back_off" else {}
         return ClusterBatchSampler(LABELS_N, 4, 9, 5, rank, world_size, **extra)
 
     alone = list(sampler(0, 1))
@@ -92,7 +92,7 @@ def test_back_off_pools_small_clusters_below_their_parent_only():
     # Parent 0: clusters of 5, 3, 3; parent 1: clusters of 3 and 2; batches of 5.
     labels_N = torch.tensor([0] * 5 + [1] * 3 + [2] * 3 + [7] * 3 + [8] * 2)
     parents_N = torch.tensor([0] * 11 + [1] * 5)
-    sampler = ClusterBatchSampler(labels_N, 5, 30, seed=0, small_clusters="back_off", parents=parents_N)
+    sampler = ClusterBatchSampler(labels_N, 5, 30, seed=0, small_clusters="back_off", ancestors=[parents_N])
     report = sampler.report()
     assert (report["batches"], report["dropped"], report["backed_off"], report["dropped_clusters"]) == (3, 1, 11, 0)
     for batch in sampler:
@@ -103,18 +103,28 @@ def test_back_off_pools_small_clusters_below_their_parent_only():
 def test_back_off_keeps_members_of_a_cluster_together():
     # Four clusters of 3 in batches of 6: each batch must hold two whole clusters.
     labels_N = torch.arange(4).repeat_interleave(3)
-    sampler = ClusterBatchSampler(
-        labels_N, 6, 20, seed=0, small_clusters="back_off", parents=torch.zeros(12, dtype=torch.int64)
-    )
+    sampler = ClusterBatchSampler(labels_N, 6, 20, seed=0, small_clusters="back_off")
     batches = [sorted(int(labels_N[index]) for index, _ in batch) for batch in sampler]
     assert all(batch[0:3] == [batch[0]] * 3 and batch[3:] == [batch[3]] * 3 for batch in batches)
     # Which two clusters meet changes between epochs.
     assert len({tuple(batch) for batch in batches}) > 2
 
 
+def test_back_off_climbs_to_the_finest_ancestor_that_fills_a_batch():
+    # Pairs 0 to 7 below parents 0 0 1 1 2 2 3 3, these below grandparents 0 0 1 1; batches of 4 and of 8.
+    labels_N, parents_N, grandparents_N = (torch.arange(8).repeat_interleave(2) // 2**level for level in range(3))
+    for batch_size, groups in ((4, parents_N), (8, grandparents_N)):
+        sampler = ClusterBatchSampler(
+            labels_N, batch_size, 8, seed=0, small_clusters="back_off", ancestors=[parents_N, grandparents_N]
+        )
+        assert sampler.dropped == 0
+        for batch in sampler:
+            assert len({int(groups[index]) for index, _ in batch}) == 1
+
+
 def test_back_off_drops_a_pool_that_fills_no_batch():
     labels_N = torch.tensor([0] * 4 + [1] * 2)
-    sampler = ClusterBatchSampler(labels_N, 4, 3, seed=0, small_clusters="back_off", parents=labels_N)
+    sampler = ClusterBatchSampler(labels_N, 4, 3, seed=0, small_clusters="back_off", ancestors=[labels_N])
     assert sampler.dropped == 2
     assert sampler.report()["dropped_clusters"] == 1
 
@@ -131,10 +141,13 @@ def test_resumption_skips_batches_without_changing_the_rest():
     [
         (lambda: ClusterBatchSampler(LABELS_N, 16, 1, 0), "none of 4 clusters fills a global batch of 16"),
         (lambda: ClusterBatchSampler(LABELS_N, 4, 1, 0, small_clusters="merge"), "choose one of: drop, back_off"),
-        (lambda: ClusterBatchSampler(LABELS_N, 4, 1, 0, small_clusters="back_off"), "needs parents"),
+        (
+            lambda: ClusterBatchSampler(LABELS_N, 4, 1, 0, small_clusters="back_off", ancestors=[torch.zeros(5)]),
+            "must have shape",
+        ),
         (
             lambda: ClusterBatchSampler(
-                torch.zeros(8, dtype=torch.int64), 4, 1, 0, small_clusters="back_off", parents=torch.arange(8)
+                torch.zeros(8, dtype=torch.int64), 9, 1, 0, small_clusters="back_off", ancestors=[torch.arange(8)]
             ),
             "coarser",
         ),
