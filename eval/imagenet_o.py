@@ -88,7 +88,7 @@ def main(args: Sequence[str] | None = None) -> None:
     prompts = templates(options.templates)
     model, processor = load_encoder(options.model, options.device)
     encoder = CachedEncoder(model, processor, options.cache, batch_size=options.batch_size)
-    scale = float(model.logit_scale.exp())
+    scale = float(model.logit_scale.detach().exp())
     result = detection(encoder, outside, inside, prompts, logit_scale=scale, seed=options.seed)
     settings = {
         "data": str(options.data),

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
-from sklearn.metrics import average_precision_score
 
 from vision_moe.intervals import bootstrap_mean_share_interval, wilson_interval
 from vision_moe.retrieval import TIE
@@ -86,21 +85,28 @@ def aupr(
     Returns:
         {"value", "n": P + Q, "num_positive": P, "interval"}; the interval is a bootstrap within either kind.
     """
-    truth = np.repeat([1, 0], [len(positive_P), len(negative_Q)])
+    scores_N = np.concatenate([positive_P, negative_Q])
+    order_N = scores_N.argsort()[::-1]
+    positive_N = order_N < len(positive_P)
+    # Samples of one score pass the threshold together.
+    last_N = np.append(np.diff(scores_N[order_N]) != 0, True)
 
-    def area(positive: NDArray[np.floating[Any]], negative: NDArray[np.floating[Any]]) -> float:
-        return float(average_precision_score(truth, np.concatenate([positive, negative])))
+    def area(times_drawn_N: NDArray[np.int64]) -> float:
+        taken, right = (np.cumsum(times)[last_N] for times in (times_drawn_N, times_drawn_N * positive_N))
+        precision = right / np.maximum(taken, 1)
+        return float((np.diff(right, prepend=0) * precision).sum() / len(positive_P))
 
     rng = np.random.default_rng(seed)
-    drawn = [
-        area(rng.choice(positive_P, len(positive_P)), rng.choice(negative_Q, len(negative_Q)))
-        for _ in range(num_resamples)
-    ]
+    ends = (0, len(positive_P)), (len(positive_P), len(scores_N))
+    areas = []
+    for _ in range(num_resamples):
+        drawn = np.concatenate([rng.integers(start, stop, size=stop - start) for start, stop in ends])
+        areas.append(area(np.bincount(drawn, minlength=len(scores_N))[order_N]))
     return {
-        "value": area(positive_P, negative_Q),
-        "n": len(truth),
+        "value": area(np.ones(len(scores_N), dtype=np.int64)),
+        "n": len(scores_N),
         "num_positive": len(positive_P),
-        "interval": np.quantile(drawn, [0.025, 0.975]).tolist(),
+        "interval": np.quantile(areas, [0.025, 0.975]).tolist(),
     }
 
 

@@ -57,7 +57,11 @@ class Captioned:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return {"image": self._dataset.image(index)}
+        try:
+            return {"image": self._dataset.image(index)}
+        except OSError as error:
+            # Skipping it would give a number over other pictures than the benchmark's.
+            raise OSError(f"{self.name(index)} cannot be read ({error}); mend or replace it") from error
 
     def captions(self, index: int) -> list[str]:
         """The captions that count."""
@@ -73,7 +77,13 @@ class Captioned:
 
 
 def open_retrieval(
-    data: Path, *, split: str, caption_field: str, image_dir: Path | None, protocol: str | None
+    data: Path,
+    *,
+    split: str,
+    caption_field: str,
+    image_dir: Path | None,
+    protocol: str | None,
+    cache: Path | None = None,
 ) -> Captioned:
     """Opens pictures with their captions, held to a protocol if one is named.
 
@@ -84,6 +94,7 @@ def open_retrieval(
         caption_field: of shards and lists.
         image_dir: folder of the pictures; None = the file's own.
         protocol: a key of `PROTOCOLS`.
+        cache: folder that keeps which pictures of shards and lists can be read.
 
     Raises:
         FileNotFoundError: a file or a picture is not there.
@@ -106,7 +117,8 @@ def open_retrieval(
     else:
         # Shards and lists do not say what they were made from: their number alone is checked.
         form = wanted.form if wanted is not None else ""
-        dataset = open_captions(data, split=split, caption_field=caption_field, image_dir=image_dir)
+        check = None if cache is None else cache / f"readable-{data.name}-{split}.json"
+        dataset = open_captions(data, split=split, caption_field=caption_field, image_dir=image_dir, check_cache=check)
         return _held_to(protocol, form, dataset, data)
     return _held_to(protocol, form, CaptionDataset(source), data)
 

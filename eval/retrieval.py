@@ -40,6 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
         caption_field=options.caption_field,
         image_dir=options.image_dir,
         protocol=options.protocol,
+        cache=options.cache,
     )
     model, processor = load_encoder(options.model, options.device)
     embeddings = embed(CachedEncoder(model, processor, options.cache, batch_size=options.batch_size), dataset)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
 from eval.imagenet_o import doubt
 from eval.metrics import aupr, label_ranks, mcnemar, mean_per_class, share, yes_no_scores
@@ -73,6 +74,20 @@ def test_aupr_is_that_worked_by_hand():
     found = aupr(np.array([0.9, 0.5]), np.array([0.7, 0.1]), seed=0)
     assert found["value"] == pytest.approx((1 + 2 / 3) / 2)
     assert (found["n"], found["num_positive"]) == (4, 2)
+
+
+def test_aupr_is_scikit_learns_average_precision_ties_included():
+    rng = np.random.default_rng(0)
+    positive, negative = rng.integers(0, 9, 40) / 8, rng.integers(0, 7, 70) / 8
+    truth = np.repeat([1, 0], [40, 70])
+    found = aupr(positive, negative, seed=0)
+    assert found["value"] == pytest.approx(average_precision_score(truth, np.concatenate([positive, negative])))
+    drawn = [
+        average_precision_score(truth, np.concatenate([rng.choice(positive, 40), rng.choice(negative, 70)]))
+        for _ in range(100)
+    ]
+    # Two bootstraps of one quantity, 1,000 and 100 draws.
+    assert found["interval"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.05)
 
 
 def test_aupr_of_equal_scores_is_the_share_of_positives():

@@ -8,8 +8,11 @@ import tarfile
 import pytest
 from PIL import Image
 
+from eval.compare import compare
 from eval.encoder import load_encoder, weights_sha256
 from eval.factors import main as factors_main
+from eval.imagenet import class_names
+from eval.imagenet_o import main as imagenet_o_main
 from eval.labelled import class_folders
 from eval.report import main as report_main
 from eval.retrieval import main as retrieval_main
@@ -100,6 +103,52 @@ def test_zero_shot_reads_class_folders_and_templates(model_folder, tmp_path):
     assert "top-5" not in written["result"]["accuracy"]
     assert written["result"]["accuracy"]["mean per class"]["n"] == 4
     assert written["settings"]["templates"] == ["a {} picture", "{} only"]
+
+
+def test_zero_shot_takes_the_templates_of_class_shards(model_folder, tmp_path):
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    (tmp_path / "data" / "classnames.txt").write_text("\n".join(COLORS))
+    (tmp_path / "data" / "zeroshot_classification_templates.txt").write_text("a {c} picture\n")
+    with tarfile.open(tmp_path / "data" / "test" / "0.tar", "w") as tar:
+        for index, color in enumerate(COLORS):
+            _add(tar, f"s{index}.jpg", _jpeg(color))
+            _add(tar, f"s{index}.cls", str(index).encode())
+    output = tmp_path / "zero_shot.json"
+    flags = ["--model", str(model_folder), "--data", str(tmp_path / "data"), "--output", str(output)]
+    zero_shot_main([*flags, "--dataset", "webdataset"])
+    written = json.loads(output.read_text())
+    assert written["settings"]["templates"] == ["a {} picture"]
+    assert written["result"]["accuracy"]["top-1"]["n"] == 4
+
+
+def test_imagenet_o_measures_two_hundred_classes_of_both_folders(model_folder, tmp_path):
+    wnids = list(class_names())[::5]
+    for number, wnid in enumerate(wnids):
+        for folder in ("o", "val"):
+            (tmp_path / folder / wnid).mkdir(parents=True)
+            (tmp_path / folder / wnid / "0.jpg").write_bytes(_jpeg((number, 100, 0 if folder == "o" else 200)))
+    (tmp_path / "val" / "n01443537").mkdir()
+    (tmp_path / "templates.txt").write_text("{}\n")
+    output = tmp_path / "o.json"
+    flags = ["--model", str(model_folder), "--data", str(tmp_path / "o"), "--output", str(output)]
+    in_distribution = ["--in-distribution", str(tmp_path / "val"), "--templates", str(tmp_path / "templates.txt")]
+    imagenet_o_main([*flags, *in_distribution])
+    result = json.loads(output.read_text())["result"]
+    assert (result["aupr"]["n"], result["aupr"]["num_positive"], result["chance"]) == (400, 200, 0.5)
+    low, high = result["aupr"]["interval"]
+    assert 0 < low < result["aupr"]["value"] < high < 1
+
+
+def test_a_model_compared_with_itself_differs_by_nothing(model_folder, shards, tmp_path):
+    for name in ("a", "b"):
+        output = tmp_path / f"{name}.json"
+        retrieval_main(["--model", str(model_folder), "--data", str(shards), "--output", str(output)])
+    found = compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert found["different_settings"] == []
+    assert {tuple(entry["interval"]) for entry in found["differences"].values()} == {(0.0, 0.0)}
+    written = json.loads((tmp_path / "a.json").read_text())["result"]
+    assert found["differences"]["mean R@1"]["a"] == pytest.approx(written["mean_R@1"])
+    assert found["differences"]["text to image R@5"]["b"] == pytest.approx(written["text_to_image"]["R@5"])
 
 
 def test_zero_shot_refuses_a_class_without_pictures(tmp_path):

@@ -110,6 +110,12 @@ def test_a_missing_picture_is_an_error_and_not_left_out(karpathy, tmp_path):
         _open(karpathy)
 
 
+def test_a_damaged_picture_is_an_error_that_names_it(karpathy, tmp_path):
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    with pytest.raises(OSError, match=r"b\.jpg cannot be read"):
+        _open(karpathy)[1]
+
+
 def test_coco_annotations_keep_their_order_within_a_picture(pictures, small):
     images = [{"id": 9, "file_name": "c.jpg"}, {"id": 4, "file_name": "b.jpg"}]
     order = [(9, "x1"), (4, "y1"), (9, "x2"), *((4, f"y{i}") for i in range(2, 6)), *((9, f"x{i}") for i in (3, 4, 5))]
