@@ -19,8 +19,8 @@ from demo.chat import Settings, answer, conversation, read_history, read_message
 from demo.routing_view import Routing, overlay, route, seen_picture
 from mllm.generate import Chat, load
 from mllm.images import pixels
-from vision_moe.analysis import moe_layers
 from vision_moe.config import parse
+from vision_moe.moe.router import Router
 from vision_moe.tracking import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Demo:
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
-        self.blocks = moe_layers(chat.model.config.vision_config)
+        self.blocks = sorted(getattr(chat.model.config.vision_config, "moe_block_indices", ()))
         context = getattr(chat.model.config.text_config, "max_position_embeddings", _MAX_NEW_TOKENS)
         self.max_new_tokens = min(_MAX_NEW_TOKENS, context)
 
@@ -82,7 +82,8 @@ class Demo:
         router_logits, grid = self.chat.router_logits(picture)
         processor = self.chat.processor.image_processor
         seen = seen_picture(pixels(processor, picture), processor.image_mean, processor.image_std)
-        return route(seen, router_logits, grid)
+        routers = [module for module in self.chat.model.modules() if isinstance(module, Router)]
+        return route(seen, router_logits, grid, routers)
 
     def show(self, routing: Routing | None, layer: int) -> tuple[Image.Image | None, str]:
         """Overlay and legend of one layer, counted from 0."""

@@ -3,6 +3,7 @@
 Shapes: S tokens of the tower (class token first, then patches row by row), E experts, H x W patch grid.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from vision_moe.moe.router import Router, expert_scores
+from vision_moe.patch_sheets import unnormalized
 from vision_moe.plots import COLORS
 
 
@@ -30,13 +33,16 @@ class Routing(NamedTuple):
 
 
 def first_choice(
-    router_logits_SE: torch.Tensor, grid: tuple[int, int]
+    router_logits_SE: torch.Tensor, grid: tuple[int, int], router: Router | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """First choice of each patch, and its gate: the softmax probability over all experts.
+    """First choice of each patch, and its gate: the score of that expert among all.
+
+    With expert choice it is the expert that a patch prefers, whether or not that expert took it.
 
     Args:
         router_logits_SE: float[S, E]; tokens before the last H * W (class token, registers) are left out.
         grid: (H, W), patches per column and per row.
+        router: what turns the logits into scores and a choice; None = a softmax, and the largest.
 
     Returns:
         int64[H, W] experts and float32[H, W] gates.
@@ -50,8 +56,11 @@ def first_choice(
             f"router logits of {num_tokens} tokens cannot fill a grid of {grid[0]} x {grid[1]} patches;"
             " pass those of a whole picture"
         )
-    gates_PE = router_logits_SE[num_tokens - num_patches :].float().softmax(dim=-1)
-    gates_P, experts_P = gates_PE.max(dim=-1)
+    logits_PE = router_logits_SE[num_tokens - num_patches :].float()
+    scores_PE = expert_scores(logits_PE, "softmax" if router is None else router.scoring_func)
+    bias_E = None if router is None or router.choice_bias is None else router.choice_bias.to(scores_PE.device)
+    experts_P = (scores_PE if bias_E is None else scores_PE + bias_E).argmax(dim=-1)
+    gates_P = scores_PE.gather(-1, experts_P[:, None])[:, 0]
     return experts_P.reshape(grid).cpu().numpy(), gates_P.reshape(grid).cpu().numpy()
 
 
@@ -108,22 +117,27 @@ def seen_picture(
     pixel_values_3HW: torch.Tensor, mean: list[float], std: list[float], min_side: int = 448
 ) -> Image.Image:
     """The processor's output as a picture again, enlarged by a whole factor to at least `min_side` pixels."""
-    scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
-    pixels = (pixel_values_3HW.float().cpu() * scale + shift).clamp(0, 1).mul(255).round().byte()
-    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    picture = unnormalized(pixel_values_3HW, mean, std)
     factor = -(-min_side // min(picture.size))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
 
 
-def route(picture: Image.Image, router_logits: list[torch.Tensor], grid: tuple[int, int]) -> Routing:
+def route(
+    picture: Image.Image,
+    router_logits: list[torch.Tensor],
+    grid: tuple[int, int],
+    routers: Sequence[Router] | None = None,
+) -> Routing:
     """Gathers the first choices of all layers.
 
     Args:
         picture: what the tower saw.
         router_logits: float[S, E] per layer, at least one.
         grid: (H, W) patches.
+        routers: of the layers, see `first_choice`.
     """
-    choices = [first_choice(logits_SE, grid) for logits_SE in router_logits]
+    of = routers if routers is not None else [None] * len(router_logits)
+    choices = [first_choice(logits_SE, grid, router) for logits_SE, router in zip(router_logits, of, strict=True)]
     return Routing(
         picture=picture,
         expert_maps=tuple(experts for experts, _ in choices),

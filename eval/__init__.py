@@ -1,4 +1,5 @@
-"""Benchmarks, run from the checkout: `python -m eval.run`, `.retrieval`, `.factors`, `.zero_shot`, `.report`.
+"""Benchmarks, run from the checkout: `python -m eval.run`, `.retrieval`, `.factors`, `.zero_shot`, `.imagenet_o`,
+`.compare`, `.report`.
 
 Always `from eval.x import y`: a bare import of this package would rebind the builtin of the same name.
 """

@@ -24,14 +24,14 @@ def percent(value: float, interval: Sequence[float] | None = None) -> str:
 
 
 def retrieval_table(result: dict[str, Any]) -> str:
-    """Table of `vision_moe.retrieval.retrieval`."""
+    """Table of `vision_moe.retrieval.recalls`."""
     ks = list(result["image_to_text"])
-    rows = [
-        [way.replace("_", " "), *(percent(result[way][k]) for k in ks), str(result[n])]
-        for way, n in (("image_to_text", "num_images"), ("text_to_image", "num_captions"))
-    ]
+    rows = []
+    for way, n in (("image_to_text", "num_images"), ("text_to_image", "num_captions")):
+        cells = [percent(result[way][k], result[f"{way}_interval"][k]) for k in ks]
+        rows.append([way.replace("_", " "), *cells, str(result[n])])
     mean = percent(result["mean_R@1"], result["mean_R@1_interval"])
-    return table(["direction", *ks, "n"], rows) + f"\n\nmean R@1 {mean} (%, 95 % interval)"
+    return table(["direction", *ks, "n"], rows) + f"\n\nmean R@1 {mean} (%, 95 % intervals)"
 
 
 def factors_table(result: dict[str, Any]) -> str:
@@ -52,6 +52,27 @@ def zero_shot_table(result: dict[str, Any]) -> str:
         for name, entry in result["accuracy"].items()
     ]
     return table(["accuracy", "% (95 % interval)", "n"], rows)
+
+
+def imagenet_o_table(result: dict[str, Any]) -> str:
+    """Table of `eval.imagenet_o.detection`."""
+    found, taken = result["aupr"], result["taken_for_folder"]
+    rows = [
+        ["AUPR", percent(found["value"], found["interval"]), percent(result["chance"]), str(found["n"])],
+        ["taken for the folder's class", percent(taken["value"], taken["interval"]), "", str(taken["n"])],
+    ]
+    return table(["ImageNet-O", "% (95 % interval)", "chance", "n"], rows)
+
+
+def comparison_table(result: dict[str, Any]) -> str:
+    """Table of `eval.compare.compare`."""
+    rows = []
+    for name, entry in result["differences"].items():
+        low, high = (f"{100 * value:+.1f}" for value in entry["interval"])
+        p = f"{entry['mcnemar']['p']:.3g}" if "mcnemar" in entry else ""
+        difference = f"{100 * entry['value']:+.1f} [{low}, {high}]"
+        rows.append([name, percent(entry["a"]), percent(entry["b"]), difference, p, str(entry["n"])])
+    return table(["", "A, %", "B, %", "B - A (95 % interval)", "McNemar's p", "n"], rows)
 
 
 def tasks_table(result: dict[str, Any]) -> str:
@@ -77,6 +98,7 @@ def render(record: dict[str, Any]) -> str:
         "retrieval": retrieval_table,
         "factors": factors_table,
         "zero_shot": zero_shot_table,
+        "imagenet_o": imagenet_o_table,
         "lmms_eval": tasks_table,
     }
     benchmark = record.get("benchmark")

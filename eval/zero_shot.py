@@ -1,4 +1,4 @@
-"""Zero-shot classification of an encoder: `python -m eval.zero_shot --model DIR --data CLASS_FOLDERS`.
+"""Zero-shot classification of an encoder: `python -m eval.zero_shot --model DIR --data FOLDER --dataset imagenet`.
 
 The classifier of a class is the mean of the unit embeddings of its prompts, made unit again (Radford et al.
 2021, section 3.1.4). Shapes: N pictures, C classes, P templates, D embedding dim.
@@ -10,107 +10,141 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
+from eval.class_shards import ClassShards
 from eval.encoder import load_encoder
-from eval.metrics import share, top_k_hits
-from eval.record import emit, record
+from eval.imagenet import SETS, numbered_folders, objectnet, wnid_folders
+from eval.labelled import LabelledPictures, class_folders
+from eval.metrics import label_ranks, mean_per_class, share
+from eval.record import emit, questions_sha256, record
 from eval.report import zero_shot_table
-from vision_moe.embedding import embed_images, embed_texts
+from eval.templates import templates
+from vision_moe.embedding_cache import CachedEncoder
 from vision_moe.tracking import setup_logging
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-TEMPLATES = ("a photo of a {}.",)
+DATASETS = ("folders", *SETS, "imagenet-v2", "objectnet", "cifar10", "cifar100", "webdataset")
 
 
-class ClassFolders:
-    """Pictures in folders named after their class ("_" stands for a space), in the order of the names.
+def open_labelled(name: str, data: Path, *, mappings: Path | None = None, split: str = "test") -> LabelledPictures:
+    """Opens a data set of `DATASETS`.
 
-    Raises:
-        ValueError: if there are fewer than two classes with pictures.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folders = sorted(path for path in folder.iterdir() if path.is_dir())
-        pictures = [sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES) for path in folders]
-        empty = [path.name for path, files in zip(folders, pictures, strict=True) if not files]
-        if empty or len(folders) < 2:
-            raise ValueError(f"{folder} needs at least two class folders, each with pictures; empty: {empty[:5]}")
-        self.classes = [path.name.replace("_", " ") for path in folders]
-        self.files = [file for files in pictures for file in files]
-        self.labels_N = np.repeat(np.arange(len(folders)), [len(files) for files in pictures])
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        with Image.open(self.files[index]) as image:
-            return {"image": image.convert("RGB")}
-
-    def captions(self, index: int) -> list[str]:
-        """The picture's class, as its one caption."""
-        return [self.classes[self.labels_N[index]]]
-
-    def metadata(self, index: int) -> dict[str, Any]:
-        """The picture's file."""
-        return {"file": str(self.files[index])}
-
-
-def read_templates(file: Path) -> tuple[str, ...]:
-    """One template a line, each with one "{}" for the class.
+    Args:
+        name: of the data set.
+        data: its folder.
+        mappings: ObjectNet's own folder of that name.
+        split: of a WebDataset folder.
 
     Raises:
-        ValueError: if a line has not exactly one "{}", or there is none.
+        FileNotFoundError, ValueError: the folder does not hold that data set.
     """
-    lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    wrong = [line for line in lines if line.count("{}") != 1]
-    if wrong or not lines:
-        raise ValueError(f'{file} must hold one template a line, each with one "{{}}"; wrong: {wrong[:3]}')
-    return lines
+    if (mappings is None) == (name == "objectnet"):
+        raise ValueError("--mappings, ObjectNet's own folder of that name, goes with --dataset objectnet and no other")
+    if name in SETS:
+        return wnid_folders(data, SETS[name].num_classes)
+    if mappings is not None:
+        return objectnet(data, mappings)
+    if name in ("cifar10", "cifar100"):
+        # torchvision belongs to an extra, and class folders do without.
+        from eval.cifar import Cifar
+
+        return Cifar(data, int(name.removeprefix("cifar")))
+    if name == "webdataset":
+        return ClassShards(data, split)
+    return {"folders": class_folders, "imagenet-v2": numbered_folders}[name](data)
+
+
+def classifier(encoder: CachedEncoder, classes: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float32]:
+    """A unit vector a class, float32[C, D], from templates with "{}" for its name."""
+    text = encoder.texts([template.format(name) for name in classes for template in prompts])
+    class_CD = text.reshape(len(classes), len(prompts), -1).mean(axis=1)
+    unit_CD: NDArray[np.float32] = class_CD / np.linalg.norm(class_CD, axis=-1, keepdims=True)
+    return unit_CD
 
 
 def zero_shot(
-    model: Any,
-    processor: Any,
-    dataset: ClassFolders,
-    templates: Sequence[str] = TEMPLATES,
-    *,
-    batch_size: int = 64,
-) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy.
+    encoder: CachedEncoder, dataset: LabelledPictures, prompts: Sequence[str], *, seed: int = 0
+) -> tuple[dict[str, Any], NDArray[np.int64]]:
+    """Top-1, top-5 and mean per class accuracy.
+
+    Args:
+        encoder: the model.
+        dataset: the pictures.
+        prompts: templates.
+        seed: of the bootstrap.
 
     Returns:
-        {"accuracy": {"top-1": {"value", "n", "interval"}, "top-5": ...}, "num_classes", "chance"}; top-5 only
-        where there are more than five classes.
+        {"accuracy": {"top-1": {"value", "n", "interval"}, "top-5": ..., "mean per class": ...}, "num_classes",
+        "num_templates", "chance"}, top-5 only where there are more than five classes; and int64[N], how many classes
+        stand before the right one.
     """
     num_classes = len(dataset.classes)
-    prompts = [template.format(name) for name in dataset.classes for template in templates]
-    text_CPD = embed_texts(model, processor, prompts).reshape(num_classes, len(templates), -1)
-    class_CD = text_CPD.mean(axis=1)
-    class_CD /= np.linalg.norm(class_CD, axis=-1, keepdims=True)
-    scores_NC = embed_images(model, processor, dataset, batch_size=batch_size) @ class_CD.T
+    class_CD = classifier(encoder, dataset.classes, prompts)
+    ranks_N = label_ranks(encoder.images(dataset, dataset.fingerprint) @ class_CD.T, dataset.labels_N)
     ks = [k for k in (1, 5) if k < num_classes]
-    hits = {f"top-{k}": share(top_k_hits(scores_NC, dataset.labels_N, k), len(dataset)) for k in ks}
-    return {"accuracy": hits, "num_classes": num_classes, "chance": 1 / num_classes}
+    accuracy = {f"top-{k}": share(int((ranks_N < k).sum()), len(ranks_N)) for k in ks}
+    accuracy["mean per class"] = mean_per_class(ranks_N == 0, dataset.labels_N, seed=seed)
+    result = {
+        "accuracy": accuracy,
+        "num_classes": num_classes,
+        "num_templates": len(prompts),
+        "chance": 1 / num_classes,
+    }
+    return result, ranks_N
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Top-1 and top-5 accuracy with n and 95 % intervals."""
+    """Top-1, top-5 and mean per class accuracy with n and 95 % intervals."""
+    options = _parser().parse_args(args)
+    setup_logging()
+    dataset = open_labelled(options.dataset, options.data, mappings=options.mappings, split=options.split)
+    if options.templates is not None:
+        prompts = templates(options.templates)
+    elif isinstance(dataset, ClassShards):
+        prompts = dataset.templates
+    else:
+        prompts = templates("photo" if options.dataset == "folders" else "openai")
+    model, processor = load_encoder(options.model, options.device)
+    encoder = CachedEncoder(model, processor, options.cache, batch_size=options.batch_size)
+    result, ranks_N = zero_shot(encoder, dataset, prompts, seed=options.seed)
+    settings = {
+        "dataset": options.dataset,
+        "data": str(options.data),
+        "split": options.split,
+        "templates": list(prompts),
+        "seed": options.seed,
+    }
+    content = record("zero_shot", options.model, settings, result)
+    questions = ([dataset.name(i), dataset.classes[label]] for i, label in enumerate(dataset.labels_N))
+    content["questions_sha256"] = questions_sha256([dataset.classes, *questions])
+    samples = {"rank": ranks_N, "label": dataset.labels_N}
+    emit(content, zero_shot_table(result), options.output, samples)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of a CLIPModel or CLIPMoEModel, or scenes-clip")
-    parser.add_argument("--data", required=True, type=Path, help="folder of folders of pictures, named by class")
-    parser.add_argument("--templates", type=Path, help='text file, one prompt a line with "{}" for the class')
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--data", required=True, type=Path, help="folder of the data set")
+    parser.add_argument(
+        "--dataset",
+        default="folders",
+        choices=DATASETS,
+        help="folders: a folder a class, named by it; webdataset: a folder of CLIP_benchmark's; cifar*: the folder "
+        "that the python version was unpacked in; ImageNet-O is no classification: see eval.imagenet_o",
+    )
+    parser.add_argument("--mappings", type=Path, help="ObjectNet's folder of that name")
+    parser.add_argument("--split", default="test", help="of a WebDataset folder")
+    parser.add_argument(
+        "--templates",
+        help='photo, simple, openai, or a text file, one prompt a line with "{}" for the class; default: photo for '
+        "folders, the folder's own for webdataset, openai otherwise",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write, with the rank of every label beside it")
+    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings: a killed run goes on from it")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--device", help="default: cuda if there is one")
-    options = parser.parse_args(args)
-    setup_logging()
-    templates = read_templates(options.templates) if options.templates else TEMPLATES
-    dataset = ClassFolders(options.data)
-    model, processor = load_encoder(options.model, options.device)
-    result = zero_shot(model, processor, dataset, templates, batch_size=options.batch_size)
-    settings = {"data": str(options.data), "templates": list(templates)}
-    emit(record("zero_shot", options.model, settings, result), zero_shot_table(result), options.output)
+    return parser
 
 
 if __name__ == "__main__":

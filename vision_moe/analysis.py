@@ -1,101 +1,36 @@
-"""Expert utilization of a CLIP-MoE or a LIMoE over image-caption pairs (CLIP-MoE, Zhang et al. 2024, appendix A.3).
+"""What the experts of a CLIP-MoE or a LIMoE do over image-caption pairs (CLIP-MoE, Zhang et al. 2024, appendix A.3).
 
     python -m vision_moe.analysis --model DIR --data SHARDS --split test --output DIR
 
-writes `utilization.json` and `utilization.png` (layers x experts, one heat map per tower, or per modality of a LIMoE).
-
-Shapes: B batch, S sequence, T valid tokens, E experts, K experts chosen per token, L MoE layers of a tower.
+writes `utilization.json` and `utilization.png` (layers x experts, one heat map per tower, or per modality of a LIMoE)
+and `report.md`. Further flags add how alike the experts are, the patches that each prefers, and what each scores
+alone. Several data sets (`--data '[A, B]'`) have a folder each.
 """
 
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 from transformers import AutoModel, AutoProcessor
 
+import vision_moe.model  # noqa: F401  # registers the model types
 from vision_moe.config import parse
-from vision_moe.data.captions import open_captions
-from vision_moe.data.collate import CaptionCollator
-from vision_moe.files import write_json
-from vision_moe.model import LIMoEConfig
+from vision_moe.data.captions import CaptionDataset, open_captions
+from vision_moe.expert_report import render
+from vision_moe.expert_similarity import ExpertSimilarity
+from vision_moe.files import write_json, write_text
+from vision_moe.patch_sheets import TopPatches, write_sheet
 from vision_moe.plots import plot_utilization
+from vision_moe.retrieval import retrieval
+from vision_moe.routing_counts import RoutingCounts
+from vision_moe.routing_trace import trace
 from vision_moe.tracking import setup_logging
-
-logger = logging.getLogger(__name__)
-
-
-class RoutingCounts:
-    """Running counts of one tower's routing over batches.
-
-    Args:
-        layers: indices of the tower's MoE blocks, counted from 0 among all its blocks.
-        num_experts: E.
-        top_k: K.
-    """
-
-    def __init__(self, layers: list[int], num_experts: int, top_k: int) -> None:
-        self.layers = layers
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self._num_tokens = 0
-        self._dropped_L = torch.zeros(len(layers), dtype=torch.float64)
-        self._top_1_LE = torch.zeros(len(layers), num_experts, dtype=torch.int64)
-        self._top_k_LE = torch.zeros(len(layers), num_experts, dtype=torch.int64)
-        self._gates_LE = torch.zeros(len(layers), num_experts, dtype=torch.float64)
-        self._entropy_L = torch.zeros(len(layers), dtype=torch.float64)
-
-    def add(
-        self, router_logits: tuple[Tensor, ...], mask_BS: Tensor | None = None, dropped_L: Tensor | None = None
-    ) -> None:
-        """Counts one batch.
-
-        Args:
-            router_logits: float[B, S, E] per MoE layer.
-            mask_BS: true or 1 at valid tokens; None counts all.
-            dropped_L: share of the tokens' choices that were dropped; None = none was.
-
-        Raises:
-            ValueError: if the number of layers is not the one declared.
-        """
-        if len(router_logits) != len(self.layers):
-            raise ValueError(f"got router logits of {len(router_logits)} layers, but the MoE layers are {self.layers}")
-        for layer, logits_BSE in enumerate(router_logits):
-            logits_TE = (logits_BSE.flatten(0, 1) if mask_BS is None else logits_BSE[mask_BS.bool()]).double()
-            gates_TE = logits_TE.softmax(dim=-1)
-            experts_TK = logits_TE.topk(self.top_k, dim=-1).indices
-            self._top_1_LE[layer] += torch.bincount(experts_TK[:, 0], minlength=self.num_experts).cpu()
-            self._top_k_LE[layer] += torch.bincount(experts_TK.flatten(), minlength=self.num_experts).cpu()
-            self._gates_LE[layer] += gates_TE.sum(dim=0).cpu()
-            self._entropy_L[layer] += torch.special.entr(gates_TE).sum().cpu()
-        self._num_tokens += logits_TE.shape[0]
-        if dropped_L is not None:
-            self._dropped_L += dropped_L.double().cpu() * logits_TE.shape[0]
-
-    def summary(self) -> dict[str, Any]:
-        """Counts and shares as plain JSON values; see `utilization` for the keys."""
-        tokens = max(self._num_tokens, 1)
-        return {
-            "layers": self.layers,
-            "num_experts": self.num_experts,
-            "top_k": self.top_k,
-            "num_tokens": self._num_tokens,
-            "tokens_top_k": self._top_k_LE.tolist(),
-            "tokens_top_1": self._top_1_LE.tolist(),
-            "share_top_k": (self._top_k_LE / tokens).tolist(),
-            "share_top_1": (self._top_1_LE / tokens).tolist(),
-            "mean_gates": (self._gates_LE / tokens).tolist(),
-            "gate_entropy": (self._entropy_L / tokens).tolist(),
-            "dropped_fraction": (self._dropped_L / tokens).tolist(),
-        }
+from vision_moe.upcycle import expert_as_dense
 
 
-@torch.inference_mode()
 def utilization(
     model: Any,
     processor: Any,
@@ -107,13 +42,7 @@ def utilization(
 ) -> dict[str, Any]:
     """Counts which experts the tokens of a data set go to, layer by layer and tower by tower.
 
-    Args:
-        model: a CLIPMoEModel or LIMoEModel, on any device; left in the mode (train or eval) it came in.
-        processor: its CLIPProcessor.
-        dataset: pairs as `vision_moe.data.captions` gives them; the caption of epoch 0 is read.
-        batch_size: pairs a forward pass.
-        limit: measure the first so many pairs only; None = all.
-        num_workers: data loading processes.
+    Arguments and errors as of `vision_moe.routing_trace.trace`.
 
     Returns:
         {"num_samples", "towers": {"vision" | "text": tower}}; a LIMoE's modalities are told as towers. A dense tower is
@@ -121,92 +50,45 @@ def utilization(
         "layers" (block indices), "num_experts", "top_k", "num_tokens" (class token included, padding not);
         per layer and expert "tokens_top_k" (first to k-th choice counted alike, the paper's measure),
         "tokens_top_1" (first choice), their shares of the tokens "share_top_k" (a row sums to k) and
-        "share_top_1", "mean_gates"; and per layer "gate_entropy" (mean over tokens, nats; log E = undecided) and
-        "dropped_fraction" (share of the choices without a place, by the capacity in evaluation).
+        "share_top_1", "mean_gates" (scores of all experts); and per layer "gate_entropy" (of the scores as shares of
+        their sum; mean over tokens, nats; log E = undecided) and "dropped_fraction". With expert choice a choice is
+        an expert's that took the token, "top_k" the mean number of them, and what is dropped are the tokens that no
+        expert took, which have no first choice.
+    """
+    counts = RoutingCounts()
+    num_samples = trace(
+        model, processor, dataset, [counts], batch_size=batch_size, limit=limit, num_workers=num_workers
+    )
+    return {"num_samples": num_samples, "towers": counts.towers()}
+
+
+def experts_alone(model: Any, processor: Any, dataset: CaptionDataset, *, batch_size: int = 64) -> dict[str, Any]:
+    """Retrieval of the mixture and of each expert in the place of every mixture, see `expert_as_dense`.
+
+    Returns:
+        What `vision_moe.retrieval.retrieval` gives, by "mixture", "expert 0", "expert 1", ...
 
     Raises:
-        ValueError: if neither tower has experts, or the data set or limit is empty.
+        ValueError: the experts are no whole MLPs.
     """
-    counts = _new_counts(model.config)
-    num_samples = len(dataset) if limit is None else min(limit, len(dataset))  # type: ignore[arg-type]
-    if num_samples < 1:
-        raise ValueError(f"nothing to measure: {len(dataset)} pairs, limit {limit}")  # type: ignore[arg-type]
-    loader: DataLoader[Any] = DataLoader(
-        Subset(dataset, range(num_samples)),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=CaptionCollator(processor, model.config.get_text_config().max_position_embeddings),
-    )
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in tqdm(loader, desc="routing", leave=False, disable=not sys.stderr.isatty()):
-            _count_batch(model, batch, counts)
-    finally:
-        model.train(was_training)
-    return {"num_samples": num_samples, "towers": {name: tower.summary() for name, tower in counts.items()}}
-
-
-def moe_layers(tower_config: Any) -> list[int]:
-    """Indices of a tower's MoE blocks; empty for a dense tower."""
-    return sorted(getattr(tower_config, "moe_block_indices", ()))
-
-
-def _new_counts(config: Any) -> dict[str, RoutingCounts]:
-    one_tower = config if isinstance(config, LIMoEConfig) else None
-    towers: dict[str, Any] = {name: getattr(config, f"{name}_config", one_tower) for name in ("vision", "text")}
-    for name, tower in towers.items():
-        if tower is not None and moe_layers(tower) and not _chosen_by_logits(tower):
-            raise ValueError(
-                f"utilization is counted from softmax logits, which do not tell the choice of the {name} tower: "
-                f"router_type={tower.router_type}, scoring_func={tower.scoring_func}, "
-                f"router_bias_update_rate={tower.router_bias_update_rate}"
-            )
-    counts = {
-        name: RoutingCounts(moe_layers(tower), tower.num_experts, tower.num_experts_per_tok)
-        for name, tower in towers.items()
-        if tower is not None and moe_layers(tower)
+    num_experts = max(tower.num_experts for tower in (model.config.vision_config, model.config.text_config))
+    alone = {
+        f"expert {expert}": retrieval(expert_as_dense(model, expert), processor, dataset, batch_size=batch_size)
+        for expert in range(num_experts)
     }
-    if not counts:
-        raise ValueError(
-            f"a {config.model_type} without MoE layers has no experts to count; pass a CLIP-MoE"
-            " (vision_moe.upcycle makes one)"
-        )
-    return counts
-
-
-def _chosen_by_logits(tower: Any) -> bool:
-    plain = tower.router_type == "token_choice" and tower.scoring_func == "softmax"
-    return plain and not tower.router_bias_update_rate
-
-
-def _count_batch(model: Any, batch: dict[str, Any], counts: dict[str, RoutingCounts]) -> None:
-    mask_BS = batch["attention_mask"].to(model.device)
-    output = model(
-        input_ids=batch["input_ids"].to(model.device),
-        pixel_values=batch["pixel_values"].to(model.device, model.dtype),
-        attention_mask=mask_BS,
-        output_router_logits=True,
-    )
-    # The vision tower's layers come first.
-    num_vision = len(counts["vision"].layers) if "vision" in counts else 0
-    if "vision" in counts:
-        dropped_L = output.vision_model_output.dropped_fraction
-        counts["vision"].add(output.router_logits[:num_vision], dropped_L=dropped_L)
-    if "text" in counts:
-        counts["text"].add(output.router_logits[num_vision:], mask_BS, output.text_model_output.dropped_fraction)
+    return {"mixture": retrieval(model, processor, dataset, batch_size=batch_size), **alone}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisConfig:
-    """Expert utilization of a CLIP-MoE or a LIMoE over image-caption pairs: a table and a heat map."""
+    """What the experts of a CLIP-MoE or a LIMoE do over image-caption pairs: tables, heat maps and contact sheets."""
 
     model: str
     """CLIP-MoE or LIMoE with its processor: a folder or a hub name."""
-    data: Path
-    """Folder of WebDataset shards, or a JSON/JSONL file of captions (then set image_dir)."""
+    data: Path | list[Path]
+    """Folder of WebDataset shards, or a JSON/JSONL file of captions (then set image_dir); a list of several."""
     output: Path
-    """Folder for utilization.json and utilization.png."""
+    """Folder for what is written."""
     split: str = "test"
     """Shards `{split}-*.tar` are read; ignored for JSON files."""
     caption_field: str = "captions"
@@ -214,33 +96,86 @@ class AnalysisConfig:
     image_dir: Path | None = None
     """Folder that the picture names of a JSON file are relative to."""
     limit: int | None = None
-    """Measure the first so many pairs; None = all."""
+    """Trace the first so many pairs; None = all."""
+    similarity_tokens: int = 0
+    """Compare the experts' weights, and their outputs on so many tokens of each block; 0 = do not."""
+    top_patches: int = 0
+    """Draw so many patches of each expert; 0 = none."""
+    experts_alone: bool = False
+    """Measure the retrieval of each expert alone, over all pairs."""
     batch_size: int = 64
     """Pairs a forward pass."""
     num_workers: int = 0
     """Data loading processes."""
+    seed: int = 0
+    """Decides which tokens are compared."""
+
+
+def analyze(config: AnalysisConfig, model: Any, processor: Any, data: Path, output: Path) -> dict[str, Any]:
+    """Writes everything about one data set into `output`.
+
+    Returns:
+        {"utilization", "similarity", "experts_alone"}: the last two where they were asked for.
+    """
+    dataset = open_captions(data, split=config.split, caption_field=config.caption_field, image_dir=config.image_dir)
+    num_pairs = len(dataset) if config.limit is None else min(config.limit, len(dataset))
+    counts = RoutingCounts()
+    visitors: list[Any] = [counts]
+    if config.similarity_tokens:
+        similarity = ExpertSimilarity(
+            config.similarity_tokens, max(1, -(-num_pairs // config.batch_size)), seed=config.seed
+        )
+        visitors.append(similarity)
+    if config.top_patches:
+        grid = _grid(getattr(model.config, "vision_config", model.config))
+        patches = TopPatches(grid[0] * grid[1], config.top_patches)
+        visitors.append(patches)
+    num_samples = trace(
+        model,
+        processor,
+        dataset,
+        visitors,
+        batch_size=config.batch_size,
+        limit=config.limit,
+        num_workers=config.num_workers,
+    )
+    found: dict[str, Any] = {"utilization": {"num_samples": num_samples, "towers": counts.towers()}}
+    plot_utilization(found["utilization"], output / "utilization.png")
+    if config.similarity_tokens:
+        found["similarity"] = similarity.towers()
+    if config.top_patches:
+        for block, experts in patches.blocks().items():
+            sheet = output / "patches" / f"block_{block:02d}.png"
+            write_sheet(experts, dataset, processor.image_processor, grid, sheet)
+    if config.experts_alone:
+        found["experts_alone"] = experts_alone(model, processor, dataset, batch_size=config.batch_size)
+    for name, content in found.items():
+        write_json(output / f"{name}.json", content)
+    return found
+
+
+def _grid(vision_config: Any) -> tuple[int, int]:
+    side = vision_config.image_size // vision_config.patch_size
+    return side, side
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `python -m vision_moe.analysis`."""
     setup_logging()
     config = parse(AnalysisConfig, args)
+    folders = config.data if isinstance(config.data, list) else [config.data]
+    names = [path.stem for path in folders]
+    if len(set(names)) != len(names):
+        raise ValueError(f"data sets of one name would write over each other: {', '.join(names)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModel.from_pretrained(config.model).to(device)
-    dataset = open_captions(
-        config.data, split=config.split, caption_field=config.caption_field, image_dir=config.image_dir
-    )
-    result = utilization(
-        model,
-        AutoProcessor.from_pretrained(config.model),
-        dataset,
-        batch_size=config.batch_size,
-        limit=config.limit,
-        num_workers=config.num_workers,
-    )
-    write_json(config.output / "utilization.json", result)
-    plot_utilization(result, config.output / "utilization.png")
-    sys.stdout.write(f"{config.output / 'utilization.json'}\n{config.output / 'utilization.png'}\n")
+    processor = AutoProcessor.from_pretrained(config.model)
+    found = {
+        name: analyze(config, model, processor, data, config.output / name if len(folders) > 1 else config.output)
+        for name, data in zip(names, folders, strict=True)
+    }
+    write_text(config.output / "report.md", render(config.model, found))
+    sys.stdout.write(f"{config.output / 'report.md'}\n")
 
 
 if __name__ == "__main__":

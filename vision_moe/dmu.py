@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Labels(NamedTuple):
-    """Accumulated labels of the training set and, latest first, the coarser ones of the stages before; int64[N] each."""
+    """Accumulated labels of the training set and, latest first, the coarser ones of earlier stages; int64[N] each."""
 
     labels_N: Tensor
     ancestors: tuple[Tensor, ...]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class PictureSet(Protocol):
-    """What evaluation needs of a data set; `vision_moe.data.captions.CaptionDataset` is one."""
+class Pictures(Protocol):
+    """Pictures by position."""
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -29,6 +29,10 @@ class PictureSet(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
         """A mapping with the PIL picture under "image"."""
         ...
+
+
+class PictureSet(Pictures, Protocol):
+    """What evaluation needs of captioned pictures; `vision_moe.data.captions.CaptionDataset` is one."""
 
     def captions(self, index: int) -> list[str]:
         """All captions of one picture."""
@@ -42,7 +46,7 @@ class PictureSet(Protocol):
 def embed_images(
     model: Any,
     processor: Any,
-    dataset: PictureSet,
+    dataset: Pictures,
     *,
     batch_size: int = 64,
     autocast_dtype: "torch.dtype | None" = None,

@@ -56,15 +56,61 @@ def bootstrap_ratio_interval(
     Raises:
         ValueError: if the shapes differ or there is no unit.
     """
+    ratios_bR = _resampled_ratios(numerators_RN, denominators_RN, seed, num_resamples)
+    return _percentiles(ratios_bR.mean(axis=1))
+
+
+def bootstrap_ratio_intervals(
+    numerators_RN: NDArray[np.float64],
+    denominators_RN: NDArray[np.float64],
+    *,
+    seed: int,
+    num_resamples: int = 1000,
+) -> list[tuple[float, float]]:
+    """The same for each of the R ratios by itself, from one drawing of the units; arguments as there."""
+    ratios_bR = _resampled_ratios(numerators_RN, denominators_RN, seed, num_resamples)
+    return [_percentiles(ratios_b) for ratios_b in ratios_bR.T]
+
+
+def bootstrap_mean_share_interval(
+    hits_C: NDArray[np.int64], sizes_C: NDArray[np.int64], *, seed: int, num_resamples: int = 1000
+) -> tuple[float, float]:
+    """Percentile bootstrap of the mean over C classes of each class's share of hits, resampled within classes.
+
+    Args:
+        hits_C: int[C], hits of each class. Drawing its samples with replacement gives it a binomial number of them.
+        sizes_C: int[C], samples of each class, at least 1.
+        seed: of the resampling.
+        num_resamples: how often.
+
+    Raises:
+        ValueError: if the shapes differ, or a class has no sample or more hits than samples.
+    """
+    if hits_C.shape != sizes_C.shape or hits_C.ndim != 1 or not len(sizes_C):
+        raise ValueError(f"need two int[C] of one length, but got {hits_C.shape} and {sizes_C.shape}")
+    if sizes_C.min() < 1 or (hits_C < 0).any() or (hits_C > sizes_C).any():
+        raise ValueError("every class needs 0 <= hits <= samples and at least one sample")
+    drawn_bC = np.random.default_rng(seed).binomial(sizes_C, hits_C / sizes_C, size=(num_resamples, len(sizes_C)))
+    return _percentiles((drawn_bC / sizes_C).mean(axis=1))
+
+
+def _resampled_ratios(
+    numerators_RN: NDArray[np.float64], denominators_RN: NDArray[np.float64], seed: int, num_resamples: int
+) -> NDArray[np.float64]:
+    """float[num_resamples, R]."""
     if numerators_RN.shape != denominators_RN.shape or numerators_RN.ndim != 2 or numerators_RN.shape[1] == 0:
         raise ValueError(
             f"need two float[R, N] of one shape with N >= 1, but got {numerators_RN.shape} and {denominators_RN.shape}"
         )
     rng = np.random.default_rng(seed)
-    num_units = numerators_RN.shape[1]
-    means = np.empty(num_resamples)
+    num_ratios, num_units = numerators_RN.shape
+    ratios_bR = np.empty((num_resamples, num_ratios))
     for index in range(num_resamples):
         times_drawn_N = np.bincount(rng.integers(num_units, size=num_units), minlength=num_units)
-        means[index] = np.mean((numerators_RN @ times_drawn_N) / (denominators_RN @ times_drawn_N))
-    low, high = np.quantile(means, [0.025, 0.975])
+        ratios_bR[index] = (numerators_RN @ times_drawn_N) / (denominators_RN @ times_drawn_N)
+    return ratios_bR
+
+
+def _percentiles(values_b: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(values_b, [0.025, 0.975])
     return float(low), float(high)

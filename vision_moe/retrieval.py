@@ -13,13 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vision_moe.embedding import PictureSet, embed_images, embed_texts
-from vision_moe.intervals import bootstrap_ratio_interval
+from vision_moe.intervals import bootstrap_ratio_interval, bootstrap_ratio_intervals
 
 if TYPE_CHECKING:
     import torch
 
 TIE = 1e-6
 """Closer cosines are equal: float32 products of equal rows differ by 1e-7 with their place in a matrix."""
+
+WAYS = ("image_to_text", "text_to_image")
+
+_SCORES_AT_ONCE = 1 << 25
 
 
 class Embeddings(NamedTuple):
@@ -60,12 +64,12 @@ def embed(
     return Embeddings(image_ND, text_MD, image_of_text_M)
 
 
-def ranks(embeddings: Embeddings, chunk: int = 1024) -> Ranks:
+def ranks(embeddings: Embeddings, chunk: int | None = None) -> Ranks:
     """Ranks of the right answers in both directions, `chunk` rows of the similarity matrix at a time.
 
     Args:
         embeddings: see `Embeddings`; rows are taken to be unit vectors.
-        chunk: rows a block; memory is about chunk * max(N, M) * 5 bytes.
+        chunk: rows a block; None = as many as make 32 million scores, about 0.4 GB.
 
     Raises:
         ValueError: if shapes do not fit, a value is not finite, or a picture has no caption.
@@ -73,6 +77,7 @@ def ranks(embeddings: Embeddings, chunk: int = 1024) -> Ranks:
     image_ND, text_MD, image_of_text_M = embeddings
     num_images = len(image_ND)
     _check(embeddings)
+    chunk = chunk or max(1, _SCORES_AT_ONCE // max(num_images, len(text_MD)))
     image_to_text_N = np.empty(num_images, dtype=np.int64)
     for start in range(0, num_images, chunk):
         scores_NM = image_ND[start : start + chunk] @ text_MD.T
@@ -92,42 +97,69 @@ def ranks(embeddings: Embeddings, chunk: int = 1024) -> Ranks:
 def retrieval_metrics(
     embeddings: Embeddings, *, ks: Sequence[int] = (1, 5, 10), seed: int = 0, num_resamples: int = 1000
 ) -> dict[str, Any]:
+    """`recalls` of the ranks of these embeddings; arguments and errors as there and in `ranks`."""
+    return recalls(ranks(embeddings), embeddings.image_of_text, ks=ks, seed=seed, num_resamples=num_resamples)
+
+
+def recalls(
+    found: Ranks,
+    image_of_text_M: NDArray[np.int64],
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    seed: int = 0,
+    num_resamples: int = 1000,
+) -> dict[str, Any]:
     """Recall at k both ways, as COCO and Flickr report it (all captions of a picture are its right answers).
 
     Args:
-        embeddings: see `Embeddings`.
+        found: see `Ranks`.
+        image_of_text_M: int[M], the picture that each caption describes.
         ks: the cut-offs.
         seed: of the bootstrap.
         num_resamples: of the bootstrap.
 
     Returns:
-        {"image_to_text": {"R@1": share, ...}, "text_to_image": {...}, "mean_R@1": share, "mean_R@1_interval":
-        [low, high] (95 %, bootstrap over pictures), "num_images": N, "num_captions": M}; shares in [0, 1].
-
-    Raises:
-        ValueError: as `ranks`.
+        {"image_to_text": {"R@1": share, ...}, "text_to_image": {...}, "image_to_text_interval": {"R@1": [low,
+        high], ...}, "text_to_image_interval": {...}, "mean_R@1": share, "mean_R@1_interval": [low, high],
+        "num_images": N, "num_captions": M}; shares in [0, 1]; intervals are 95 %, bootstrap over pictures.
     """
-    found = ranks(embeddings)
-    num_images = len(found.image_to_text)
-    hits_N = (found.image_to_text == 0).astype(np.float64)
-    text_hits_N = np.bincount(embeddings.image_of_text, weights=found.text_to_image == 0, minlength=num_images)
-    texts_N = np.bincount(embeddings.image_of_text, minlength=num_images).astype(np.float64)
-    low, high = bootstrap_ratio_interval(
-        np.stack([hits_N, text_hits_N]),
-        np.stack([np.ones(num_images), texts_N]),
-        seed=seed,
-        num_resamples=num_resamples,
-    )
-    image_to_text = {f"R@{k}": float((found.image_to_text < k).mean()) for k in ks}
-    text_to_image = {f"R@{k}": float((found.text_to_image < k).mean()) for k in ks}
+    result: dict[str, Any] = {f"{way}{end}": {} for way in WAYS for end in ("", "_interval")}
+    for k in ks:
+        hits_2N, questions_2N = hits_by_picture(found, image_of_text_M, k)
+        intervals = bootstrap_ratio_intervals(hits_2N, questions_2N, seed=seed, num_resamples=num_resamples)
+        shares_2 = hits_2N.sum(axis=1) / questions_2N.sum(axis=1)
+        for way, share, interval in zip(WAYS, shares_2.tolist(), intervals, strict=True):
+            result[way][f"R@{k}"] = share
+            result[f"{way}_interval"][f"R@{k}"] = list(interval)
+    hits_2N, questions_2N = hits_by_picture(found, image_of_text_M, 1)
+    interval = bootstrap_ratio_interval(hits_2N, questions_2N, seed=seed, num_resamples=num_resamples)
     return {
-        "image_to_text": image_to_text,
-        "text_to_image": text_to_image,
-        "mean_R@1": float((hits_N.mean() + text_hits_N.sum() / texts_N.sum()) / 2),
-        "mean_R@1_interval": [low, high],
-        "num_images": num_images,
+        **result,
+        "mean_R@1": float((hits_2N.sum(axis=1) / questions_2N.sum(axis=1)).mean()),
+        "mean_R@1_interval": list(interval),
+        "num_images": len(found.image_to_text),
         "num_captions": len(found.text_to_image),
     }
+
+
+def hits_by_picture(
+    found: Ranks, image_of_text_M: NDArray[np.int64], k: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What each picture adds to R@k in either direction, in the order of `WAYS`; R@k is the ratio of the sums.
+
+    Args:
+        found: see `Ranks`.
+        image_of_text_M: int[M], the picture that each caption describes.
+        k: the cut-off.
+
+    Returns:
+        float[2, N] hits and float[2, N] questions: one a picture, and one a caption.
+    """
+    num_images = len(found.image_to_text)
+    text_hits_N = np.bincount(image_of_text_M, weights=found.text_to_image < k, minlength=num_images)
+    texts_N = np.bincount(image_of_text_M, minlength=num_images)
+    hits_2N = np.stack([(found.image_to_text < k).astype(np.float64), text_hits_N])
+    return hits_2N, np.stack([np.ones(num_images), texts_N.astype(np.float64)])
 
 
 def retrieval(
@@ -145,9 +177,12 @@ def retrieval(
     their words, the tie counts against the model, and 100 % cannot be reached.
     """
     embeddings = embed(model, processor, dataset, batch_size=batch_size, autocast_dtype=autocast_dtype)
-    result = retrieval_metrics(embeddings, seed=seed)
-    distinct = {text for i in range(len(dataset)) for text in dataset.captions(i)}
-    return {**result, "num_distinct_captions": len(distinct)}
+    return {**retrieval_metrics(embeddings, seed=seed), "num_distinct_captions": num_distinct_captions(dataset)}
+
+
+def num_distinct_captions(dataset: PictureSet) -> int:
+    """How many different captions a data set has."""
+    return len({text for i in range(len(dataset)) for text in dataset.captions(i)})
 
 
 def _check(embeddings: Embeddings) -> None:

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from demo.routing_view import first_choice, overlay, palette, route, seen_picture, shares
+from vision_moe.moe.router import Router
 
 
 def test_class_token_is_left_out_and_patches_stay_row_major() -> None:
@@ -88,3 +89,14 @@ def test_route_keeps_layers_in_order() -> None:
     routing = route(Image.new("RGB", (4, 4)), layers, (2, 2))
     assert [experts.tolist() for experts in routing.expert_maps] == [[[1, 1], [1, 1]], [[3, 2], [1, 0]]]
     assert routing.num_experts == 4
+
+
+def test_first_choice_and_gate_are_the_routers_own() -> None:
+    # Sigmoids of 0 and log 3 are 1/2 and 3/4; a bias on the first makes it the choice and leaves its gate.
+    logits_SE = torch.tensor([[0.0, 0.0], [0.0, np.log(3.0)]])
+    router = Router(8, 2, 1, scoring_func="sigmoid", choice_bias=True)
+    experts_HW, gates_HW = first_choice(logits_SE, (1, 1), router)
+    assert (experts_HW.item(), gates_HW.item()) == (1, pytest.approx(0.75))
+    router.choice_bias.copy_(torch.tensor([1.0, 0.0]))
+    experts_HW, gates_HW = first_choice(logits_SE, (1, 1), router)
+    assert (experts_HW.item(), gates_HW.item()) == (0, pytest.approx(0.5))

@@ -1,9 +1,12 @@
-"""A small POPE on plain pictures, in the form of Scenes."""
+"""A small POPE on plain pictures, in the form of Scenes, and a tiny CLIP in a folder."""
 
 import json
 
 import pytest
 from PIL import Image
+
+from vision_moe.recipe import ScratchConfig
+from vision_moe.scratch import build_clip
 
 
 @pytest.fixture(scope="session")
@@ -26,4 +29,25 @@ def pope_folder(tmp_path_factory):
                 }
             )
     (folder / "pope_test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A CLIP of 2 + 2 layers and width 32 for pictures of 32 pixels, with random weights."""
+    config = ScratchConfig(
+        image_size=32,
+        patch_size=16,
+        hidden_size=32,
+        num_vision_layers=2,
+        num_text_layers=2,
+        num_heads=2,
+        projection_dim=16,
+        max_text_tokens=12,
+        vocab_size=300,
+    )
+    model, processor = build_clip(config, [f"a {color} picture" for color in ("red", "green", "blue", "white")], seed=0)
+    folder = tmp_path_factory.mktemp("clip")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder

@@ -16,8 +16,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
-from vision_moe.analysis import RoutingCounts, main, utilization
+from vision_moe.analysis import experts_alone, main, utilization
+from vision_moe.data.captions import open_captions
 from vision_moe.model import CLIPMoEConfig, CLIPMoEModel
+from vision_moe.moe.router import Router
+from vision_moe.retrieval import retrieval
+from vision_moe.routing_counts import BlockCounts
+from vision_moe.upcycle import expert_as_dense
 
 _WORDS = ["<pad>", "<s>", "</s>", "a", "red", "blue", "star", "disk", "big"]
 _CAPTIONS = ["a red star", "a big blue disk", "red", "a blue star", "big"]
@@ -45,11 +50,16 @@ def processor() -> CLIPProcessor:
 
 @pytest.fixture
 def model() -> CLIPMoEModel:
+    return _build({})
+
+
+def _build(fields: dict[str, Any]) -> CLIPMoEModel:
     torch.manual_seed(0)
     config = CLIPMoEConfig(
-        vision_config={**_TOWER, "image_size": 32, "patch_size": 8},
+        vision_config={**_TOWER, "image_size": 32, "patch_size": 8, **fields},
         text_config={
             **_TOWER,
+            **fields,
             "vocab_size": len(_WORDS),
             "max_position_embeddings": 8,
             "bos_token_id": 1,
@@ -77,24 +87,53 @@ def pairs() -> list[dict[str, Any]]:
     ]
 
 
-def test_counts_equal_a_hand_worked_case_with_padding_left_out() -> None:
-    counts = RoutingCounts([3], num_experts=3, top_k=2)
-    logits_BSE = torch.tensor([[[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [9.0, 0.0, 8.0]], [[0.0, 1.0, 2.0]] * 3])
-    # The third token of the first row and the last two of the second are padding.
-    counts.add((logits_BSE,), torch.tensor([[1, 1, 0], [1, 0, 0]]))
-    summary = counts.summary()
-    assert summary["num_tokens"] == 3
+def _counted(logits: list[list[float]], router: Router) -> dict[str, Any]:
+    routed = router.decide(torch.tensor(logits))
+    counts = BlockCounts(router.num_experts)
+    counts.add(routed, routed.topk_experts_TK)
+    return counts.summary()
+
+
+def test_counts_equal_a_hand_worked_case() -> None:
+    summary = _counted([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 1.0, 2.0]], Router(8, 3, 2))
     # First choices are 0, 1, 2; pairs are 01, 12, 21.
-    assert summary["tokens_top_1"] == [[1, 1, 1]]
-    assert summary["tokens_top_k"] == [[1, 3, 2]]
-    assert summary["share_top_k"][0] == pytest.approx([1 / 3, 1.0, 2 / 3])
+    assert summary["tokens_top_1"] == [1, 1, 1]
+    assert summary["tokens_top_k"] == [1, 3, 2]
+    assert summary["share_top_k"] == pytest.approx([1 / 3, 1.0, 2 / 3])
     p = np.exp([2.0, 1.0, 0.0]) / np.exp([2.0, 1.0, 0.0]).sum()
-    assert summary["gate_entropy"] == pytest.approx([-(p * np.log(p)).sum()])
+    assert summary["gate_entropy"] == pytest.approx(-(p * np.log(p)).sum())
+    assert summary["mean_gates"] == pytest.approx(
+        [(p[0] + 2 * p[2]) / 3, (2 * p[1] + p[0]) / 3, (p[2] + p[1] + p[0]) / 3]
+    )
+    assert summary["dropped_fraction"] == 0.0
 
 
-def test_other_number_of_layers_than_declared_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"2 layers, but the MoE layers are \[0\]"):
-        RoutingCounts([0], 4, 2).add((torch.zeros(1, 1, 4),) * 2)
+def test_sigmoid_scores_count_as_shares_of_their_sum() -> None:
+    # Sigmoids of log 3, 0, 0 are 3/4, 1/2, 1/2, whose shares are 3/7, 2/7, 2/7.
+    summary = _counted([[float(np.log(3)), 0.0, 0.0]], Router(8, 3, 1, scoring_func="sigmoid"))
+    assert summary["mean_gates"] == pytest.approx([0.75, 0.5, 0.5])
+    p = np.array([3, 2, 2]) / 7
+    assert summary["gate_entropy"] == pytest.approx(-(p * np.log(p)).sum())
+
+
+def test_a_bias_on_the_choice_is_counted_and_leaves_the_gates() -> None:
+    router = Router(8, 2, 1, choice_bias=True)
+    assert router.choice_bias is not None
+    router.choice_bias.copy_(torch.tensor([0.0, 1.0]))
+    summary = _counted([[2.0, 0.0]], router)
+    assert summary["tokens_top_1"] == [0, 1]
+    assert summary["mean_gates"][0] == pytest.approx(np.exp(2) / (np.exp(2) + 1))
+
+
+def test_expert_choice_counts_who_took_a_token_and_the_highest_of_them_first() -> None:
+    routed = Router(8, 2, 2).decide(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+    counts = BlockCounts(2, expert_choice=True)
+    # Token 0 is taken by both, token 1 by none, token 2 by its worse expert alone.
+    counts.add(routed, torch.tensor([[0, 1], [2, 2], [0, 2]]))
+    summary = counts.summary()
+    assert summary["tokens_top_k"] == [2, 1]
+    assert summary["tokens_top_1"] == [2, 0]
+    assert summary["dropped_fraction"] == pytest.approx(1 / 3)
 
 
 def test_utilization_equals_one_pair_at_a_time_without_padding(
@@ -137,12 +176,42 @@ def test_limit_measures_the_first_pairs_only(
     assert limited["towers"]["vision"]["num_tokens"] == 2 * 17
 
 
-@pytest.mark.parametrize("fields", [{"scoring_func": "sigmoid"}, {"router_bias_update_rate": 0.1}], ids=str)
-def test_choices_that_softmax_logits_do_not_tell_are_refused(fields: dict[str, Any]) -> None:
-    vision = {**_TOWER, "image_size": 32, "patch_size": 8, **fields}
-    moe = CLIPMoEModel(CLIPMoEConfig(text_config={**_TOWER, **fields}, vision_config=vision))
-    with pytest.raises(ValueError, match="do not tell the choice of the vision tower"):
-        utilization(moe, None, [])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scoring_func": "sigmoid"},
+        {"router_bias_update_rate": 0.1},
+        {"capacity_factor": 1.0, "eval_capacity_factor": 0.5},
+        {
+            "router_type": "expert_choice",
+            "capacity_factor": 1.0,
+            "eval_capacity_factor": 1.0,
+            "capacity_group_size": 1,
+            "router_aux_loss_coef": 0.0,
+        },
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_counts_are_those_the_model_returns_whatever_its_routing(
+    fields: dict[str, Any], processor: CLIPProcessor, pairs: list[dict[str, Any]]
+) -> None:
+    moe = _build(fields)
+    for module in moe.modules():
+        if isinstance(module, Router) and module.choice_bias is not None:
+            module.choice_bias.copy_(torch.tensor([0.0, 0.3, -0.3, 0.1]))
+    inputs = processor(
+        text=[pair["caption"] for pair in pairs],
+        images=[pair["image"] for pair in pairs],
+        padding=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        output = moe.eval()(**inputs, output_router_logits=True)
+    towers = utilization(moe, processor, pairs)["towers"]
+    for name, expected in (("vision", output.vision_model_output), ("text", output.text_model_output)):
+        assert towers[name]["tokens_top_k"] == expected.tokens_per_expert.tolist()
+        assert towers[name]["dropped_fraction"] == pytest.approx(expected.dropped_fraction.tolist())
+    assert (max(towers["vision"]["dropped_fraction"]) > 0) == ("eval_capacity_factor" in fields)
 
 
 def test_dense_model_is_an_error_that_says_what_to_do(processor: CLIPProcessor) -> None:
@@ -151,7 +220,18 @@ def test_dense_model_is_an_error_that_says_what_to_do(processor: CLIPProcessor) 
         utilization(dense, processor, [])
 
 
-def test_command_writes_table_and_heat_map(
+def test_each_expert_alone_is_the_dense_model_with_its_mlps(
+    tmp_path: Path, model: CLIPMoEModel, processor: CLIPProcessor, pairs: list[dict[str, Any]]
+) -> None:
+    _write_shard(tmp_path / "test-0000.tar", pairs)
+    dataset = open_captions(tmp_path, split="test")
+    found = experts_alone(model.eval(), processor, dataset)
+    assert list(found) == ["mixture", "expert 0", "expert 1", "expert 2", "expert 3"]
+    assert found["mixture"] == retrieval(model, processor, dataset)
+    assert found["expert 2"] == retrieval(expert_as_dense(model, 2), processor, dataset)
+
+
+def test_command_writes_tables_heat_map_and_what_else_is_asked_for(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     model: CLIPMoEModel,
@@ -160,16 +240,35 @@ def test_command_writes_table_and_heat_map(
 ) -> None:
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    _write_shard(tmp_path / "data" / "test-0000.tar", pairs)
+    for name, some in (("one", pairs), ("two", pairs[:2])):
+        (tmp_path / name).mkdir()
+        _write_shard(tmp_path / name / "test-0000.tar", some)
     output = tmp_path / "out"
-    folders = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--output", str(output)]
-    main([*folders, "--split", "test", "--batch_size", "2"])
+    main(["--model", str(tmp_path / "model"), "--data", str(tmp_path / "one"), "--output", str(output)])
     result = json.loads((output / "utilization.json").read_text())
-    assert result == utilization(model, processor, pairs, batch_size=2)
+    assert result == utilization(model, processor, pairs)
     assert Image.open(output / "utilization.png").format == "PNG"
-    assert sorted(path.name for path in output.iterdir()) == ["utilization.json", "utilization.png"]
-    assert str(output / "utilization.png") in capsys.readouterr().out
+    assert sorted(path.name for path in output.iterdir()) == ["report.md", "utilization.json", "utilization.png"]
+    assert str(output / "report.md") in capsys.readouterr().out
+
+    both = f"[{tmp_path / 'one'}, {tmp_path / 'two'}]"
+    more = ["--similarity_tokens", "20", "--top_patches", "3", "--experts_alone", "true", "--batch_size", "2"]
+    main(["--model", str(tmp_path / "model"), "--data", both, "--output", str(tmp_path / "both"), *more])
+    folder = tmp_path / "both"
+    assert json.loads((folder / "one" / "utilization.json").read_text())["num_samples"] == 5
+    assert json.loads((folder / "two" / "utilization.json").read_text())["num_samples"] == 2
+    assert sorted(path.name for path in (folder / "one" / "patches").iterdir()) == ["block_00.png", "block_01.png"]
+    similarity = json.loads((folder / "one" / "similarity.json").read_text())
+    assert np.shape(similarity["vision"]["output_cka"]) == (2, 4, 4)
+    report = (folder / "report.md").read_text()
+    for line in ("| one | vision |", "| two | text |", "| expert 3 |", "| text | 1 |"):
+        assert line in report
+
+
+def test_data_sets_of_one_name_are_refused(tmp_path: Path, model: CLIPMoEModel, processor: CLIPProcessor) -> None:
+    both = f"[{tmp_path / 'a' / 'test'}, {tmp_path / 'b' / 'test'}]"
+    with pytest.raises(ValueError, match="test, test"):
+        main(["--model", "unused", "--data", both, "--output", str(tmp_path)])
 
 
 def _write_shard(path: Path, pairs: list[dict[str, Any]]) -> None:

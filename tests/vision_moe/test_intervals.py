@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from vision_moe.intervals import bootstrap_ratio_interval, wilson_interval
+from vision_moe.intervals import (
+    bootstrap_mean_share_interval,
+    bootstrap_ratio_interval,
+    bootstrap_ratio_intervals,
+    wilson_interval,
+)
 
 
 def test_wilson_matches_the_published_example():
@@ -45,3 +50,23 @@ def test_bootstrap_repeats_with_its_seed_and_differs_with_another():
     first, again, other = (bootstrap_ratio_interval(numerators, np.ones((2, 50)), seed=s) for s in (1, 1, 2))
     assert first == again
     assert first != other
+
+
+def test_intervals_of_single_ratios_are_those_of_one_ratio_at_a_time():
+    numerators = np.random.default_rng(0).random((2, 50))
+    together = bootstrap_ratio_intervals(numerators, np.ones((2, 50)), seed=1)
+    alone = [bootstrap_ratio_interval(row[None], np.ones((1, 50)), seed=1) for row in numerators]
+    np.testing.assert_allclose(together, alone)
+
+
+def test_mean_share_is_about_as_wide_as_the_normal_interval_and_resamples_within_classes():
+    low, high = bootstrap_mean_share_interval(np.array([100, 400]), np.array([400, 400]), seed=0)
+    # Class 1 has no variance: 1.96 * sqrt(0.25 * 0.75 / 400) / 2 = 0.0212 on either side of (0.25 + 1) / 2.
+    assert low == pytest.approx(0.625 - 0.0212, abs=0.003)
+    assert high == pytest.approx(0.625 + 0.0212, abs=0.003)
+
+
+@pytest.mark.parametrize(("hits", "sizes"), [([0], [0]), ([2], [1]), ([1, 1], [2])])
+def test_mean_share_refuses_impossible_counts(hits, sizes):
+    with pytest.raises(ValueError, match="need"):
+        bootstrap_mean_share_interval(np.array(hits), np.array(sizes), seed=0)

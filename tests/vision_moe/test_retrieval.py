@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vision_moe.retrieval import Embeddings, ranks, retrieval_metrics
+from vision_moe.retrieval import Embeddings, hits_by_picture, ranks, retrieval_metrics
 
 
 def _unit(rows):
@@ -45,6 +45,16 @@ def test_recall_follows_from_the_ranks(worked):
     assert (result["num_images"], result["num_captions"]) == (3, 4)
     low, high = result["mean_R@1_interval"]
     assert low <= result["mean_R@1"] <= high
+    for way in ("image_to_text", "text_to_image"):
+        for name, (low, high) in result[f"{way}_interval"].items():
+            assert low <= result[way][name] <= high
+
+
+def test_a_pictures_captions_are_its_questions(worked):
+    hits, questions = hits_by_picture(ranks(worked), worked.image_of_text, 1)
+    # Picture 0's two captions: one hit; picture 1's: hit; picture 2's: miss.
+    assert hits.tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert questions.tolist() == [[1, 1, 1], [2, 1, 1]]
 
 
 def test_chunks_do_not_change_the_ranks():

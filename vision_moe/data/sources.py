@@ -33,7 +33,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class _Member:
+class Member:
     """Bytes of one file inside a shard."""
 
     offset: int
@@ -57,9 +57,9 @@ class ShardSource:
         if not self.shards:
             found = sorted(path.name for path in folder.glob("*.tar"))
             raise FileNotFoundError(f"no {split}-*.tar in {folder}; tar files there: {found[:10]}")
-        self._samples: list[tuple[int, str, _Member | None, _Member]] = []
+        self._samples: list[tuple[int, str, Member | None, Member]] = []
         for number, shard in enumerate(self.shards):
-            for key, members in _index(shard).items():
+            for key, members in index_shard(shard).items():
                 if ".json" not in members:
                     raise ValueError(f"{shard}: {key} has {sorted(members)} but no .json with its captions")
                 picture = next((members[suffix] for suffix in _PICTURES if suffix in members), None)
@@ -85,7 +85,7 @@ class ShardSource:
     def files(self) -> list[Path]:
         return self.shards
 
-    def _read(self, number: int, member: _Member) -> bytes:
+    def _read(self, number: int, member: Member) -> bytes:
         # Opened for each read: microseconds beside the milliseconds of decoding, and nothing to lose in a
         # fork.
         with self.shards[number].open("rb") as file:
@@ -183,9 +183,9 @@ def _described(metadata: dict[str, Any]) -> str | None:
     return None
 
 
-def _index(shard: Path) -> dict[str, dict[str, _Member]]:
+def index_shard(shard: Path) -> dict[str, dict[str, Member]]:
     """Files of a shard by key, which is the name up to the first dot, and suffix."""
-    found: dict[str, dict[str, _Member]] = {}
+    found: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -196,7 +196,7 @@ def _index(shard: Path) -> dict[str, dict[str, _Member]]:
                 members = found.setdefault(folder + slash + stem, {})
                 if f".{suffix.lower()}" in members:
                     raise ValueError(f"{shard}: {member.name} is there twice")
-                members[f".{suffix.lower()}"] = _Member(member.offset_data, member.size)
+                members[f".{suffix.lower()}"] = Member(member.offset_data, member.size)
     except tarfile.TarError as error:
         raise ValueError(f"{shard} is damaged or not a plain tar file: {error}") from error
     return found

@@ -117,6 +117,25 @@ class MoEMLP(nn.Module):
             dropped_M[0] if parts is None else dropped_M,
         )
 
+    def assign(self, router_logits_BSE: Tensor, mask_BS: Tensor | None = None) -> tuple[RouterOutput, Tensor]:
+        """What `forward` does with these logits where no noise is drawn, for the V valid tokens.
+
+        Args:
+            router_logits_BSE: float32[B, S, E], as `MoEOutput` has them.
+            mask_BS: bool[B, S], as in `forward`.
+
+        Returns:
+            The router's output of V tokens, and int64[V, K], or [V, E] with expert choice: the experts that compute
+            each, E where a slot is not computed.
+        """
+        B, S, _ = router_logits_BSE.shape
+        logits_TE = router_logits_BSE.flatten(0, 1)
+        token_V = torch.arange(B * S, device=logits_TE.device)
+        if mask_BS is not None:
+            token_V = token_V[mask_BS.flatten().bool()]
+        routed = self.router.decide(logits_TE[token_V])
+        return routed, self._dispatch(routed, token_V // S, B)[0]
+
     def _dispatch(self, routed: RouterOutput, row_T: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         """Experts and gates of the slots to compute; see vision_moe.moe.dispatch for those that are not."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor

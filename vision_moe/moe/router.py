@@ -28,6 +28,11 @@ class RouterOutput(NamedTuple):
     topk_experts_TK: Tensor
 
 
+def expert_scores(logits_TE: Tensor, scoring_func: str) -> Tensor:
+    """Scores of all experts, float[T, E]: a softmax over each row, or with "sigmoid" that of each logit."""
+    return logits_TE.sigmoid() if scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
+
+
 class Router(nn.Module):
     """Bias-free linear router with a score for every expert and a top-k choice (CLIP-MoE, eq. 3 and 5).
 
@@ -84,15 +89,24 @@ class Router(nn.Module):
             if self.training and self.noise_std > 0:
                 noise_TE = torch.randn_like(router_logits_TE) * (self.noise_std / self.num_experts)
                 noisy_logits_TE = router_logits_TE + noise_TE
-            logits_TE = router_logits_TE if noisy_logits_TE is None else noisy_logits_TE
-            gates_TE = logits_TE.sigmoid() if self.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
-            if self.choice_bias is None:
-                topk_gates_TK, topk_experts_TK = gates_TE.topk(self.top_k, dim=-1)
-            else:
-                topk_experts_TK = (gates_TE.detach() + self.choice_bias).topk(self.top_k, dim=-1).indices
-                topk_gates_TK = gates_TE.gather(-1, topk_experts_TK)
-            if self.normalize:
-                topk_gates_TK = topk_gates_TK / topk_gates_TK.sum(dim=-1, keepdim=True)
+            return self.decide(router_logits_TE, noisy_logits_TE)
+
+    def decide(self, router_logits_TE: Tensor, noisy_logits_TE: Tensor | None = None) -> RouterOutput:
+        """The choice that follows from logits.
+
+        Args:
+            router_logits_TE: float32[T, E], noise-free.
+            noisy_logits_TE: float32[T, E], the logits that choose; None = those without noise.
+        """
+        logits_TE = router_logits_TE if noisy_logits_TE is None else noisy_logits_TE
+        gates_TE = expert_scores(logits_TE, self.scoring_func)
+        if self.choice_bias is None:
+            topk_gates_TK, topk_experts_TK = gates_TE.topk(self.top_k, dim=-1)
+        else:
+            topk_experts_TK = (gates_TE.detach() + self.choice_bias).topk(self.top_k, dim=-1).indices
+            topk_gates_TK = gates_TE.gather(-1, topk_experts_TK)
+        if self.normalize:
+            topk_gates_TK = topk_gates_TK / topk_gates_TK.sum(dim=-1, keepdim=True)
         return RouterOutput(router_logits_TE, noisy_logits_TE, gates_TE, topk_gates_TK, topk_experts_TK)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
