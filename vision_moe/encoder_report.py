@@ -2,13 +2,14 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModel, CLIPProcessor
 
-from vision_moe.data.captions import CaptionDataset, open_captions
+from vision_moe.data.captions import CaptionDataset, open_dataset
 from vision_moe.factors import factor_accuracy
 from vision_moe.files import write_json, write_text
 from vision_moe.recipe import TrainConfig
@@ -48,7 +49,7 @@ def write_report(
     results = {
         "data": str(config.data.eval or config.data.train),
         "split": config.data.eval_split,
-        "caption_field": config.data.eval_caption_field or config.data.caption_field,
+        "caption_field": config.data.eval_caption_field or config.data.fields,
         "seed": config.seed,
         "stages": finished_stages(config.output),
         "models": rows,
@@ -101,14 +102,15 @@ def _evaluate(config: TrainConfig, folder: Path, processor: CLIPProcessor, datas
 def open_eval_data(config: TrainConfig) -> CaptionDataset:
     """The pictures that the final table is measured on."""
     data = config.data
-    return open_captions(
-        data.eval or data.train,
-        split=data.eval_split,
-        caption_field=data.eval_caption_field or data.caption_field,
-        image_dir=data.image_dir,
-        seed=config.seed,
-        max_unreadable_share=data.max_unreadable_share,
-        check_cache=config.output / "readable_eval.json",
+    reading = replace(
+        data,
+        format=data.eval_format or data.format,
+        caption_field=data.eval_caption_field or data.fields,
+        caption_weights=None,
+    )
+    check_cache = config.output / "readable_eval.json"
+    return open_dataset(
+        data.eval or data.train, reading, split=data.eval_split, seed=config.seed, check_cache=check_cache
     )
 
 

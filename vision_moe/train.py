@@ -16,7 +16,6 @@ from transformers import AutoModel, CLIPModel, CLIPProcessor
 
 from vision_moe.assets import resolve_model
 from vision_moe.config import parse
-from vision_moe.data.captions import CaptionDataset, open_captions
 from vision_moe.distributed import barrier, is_main
 from vision_moe.dmu import run_dmu, stage_samples, total_samples
 from vision_moe.encoder_report import open_eval_data, write_report
@@ -28,6 +27,7 @@ from vision_moe.run_folder import check_folder, claim_folder
 from vision_moe.scratch import build_clip
 from vision_moe.stages import Stage, StageRunner, with_router_losses
 from vision_moe.tracking import setup_logging
+from vision_moe.training_data import TrainingData
 from vision_moe.upcycle import upcycle
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def run(config: TrainConfig) -> dict[str, Path]:
     """Runs every method of the recipe and writes the report; returns the model folders by name."""
     check_folder(config, config.output, _FREE_FIELDS)
     claim_folder(config, config.output)
-    dataset = _open_data(config)
+    dataset = TrainingData(config)
     start, processor = _dense_start(config, dataset)
     runner = StageRunner(config, dataset, processor)
     models = {"dense": start}
@@ -72,7 +72,7 @@ def run(config: TrainConfig) -> dict[str, Path]:
     return models
 
 
-def _dense_start(config: TrainConfig, dataset: CaptionDataset) -> tuple[Path, CLIPProcessor]:
+def _dense_start(config: TrainConfig, dataset: TrainingData) -> tuple[Path, CLIPProcessor]:
     """Folder of the dense CLIP that everything starts from, and its processor."""
     if config.model is not None:
         source = resolve_model(config.model)
@@ -83,8 +83,7 @@ def _dense_start(config: TrainConfig, dataset: CaptionDataset) -> tuple[Path, CL
             runner.save(_stretched(config, AutoModel.from_pretrained(source), processor), folder)
         barrier()
         return folder, CLIPProcessor.from_pretrained(folder)
-    captions = (text for index in range(len(dataset)) for text in dataset.captions(index))
-    model, processor = build_clip(config.scratch, captions, config.seed)
+    model, processor = build_clip(config.scratch, dataset.captions(), config.seed)
     model = _stretched(config, model, processor)
     runner = StageRunner(config, dataset, processor)
     build: Callable[[], CLIPModel] = lambda: model  # noqa: E731
@@ -118,19 +117,6 @@ def _sparse_upcycling(config: TrainConfig, start: Path) -> CLIPMoEModel:
         seed=config.seed,
     )
     return with_router_losses(moe, config.sparse_moe)
-
-
-def _open_data(config: TrainConfig) -> CaptionDataset:
-    data = config.data
-    return open_captions(
-        data.train,
-        split=data.train_split,
-        caption_field=data.caption_field,
-        image_dir=data.image_dir,
-        seed=config.seed,
-        max_unreadable_share=data.max_unreadable_share,
-        check_cache=config.output / "readable_train.json",
-    )
 
 
 if __name__ == "__main__":
