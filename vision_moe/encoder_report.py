@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, CLIPProcessor
 
 from vision_moe.data.captions import CaptionDataset, open_dataset
+from vision_moe.data.read_config import all_fields
 from vision_moe.factors import factor_accuracy
 from vision_moe.files import write_json, write_text
 from vision_moe.recipe import TrainConfig
@@ -49,7 +50,7 @@ def write_report(
     results = {
         "data": str(config.data.eval or config.data.train),
         "split": config.data.eval_split,
-        "caption_field": config.data.eval_caption_field or config.data.fields,
+        "caption_field": config.data.eval_caption_field or all_fields(config.data),
         "seed": config.seed,
         "stages": finished_stages(config.output),
         "models": rows,
@@ -105,7 +106,7 @@ def open_eval_data(config: TrainConfig) -> CaptionDataset:
     reading = replace(
         data,
         format=data.eval_format or data.format,
-        caption_field=data.eval_caption_field or data.fields,
+        caption_field=data.eval_caption_field or all_fields(data),
         caption_weights=None,
     )
     check_cache = config.output / "readable_eval.json"

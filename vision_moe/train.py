@@ -51,6 +51,8 @@ def run(config: TrainConfig) -> dict[str, Path]:
     check_folder(config, config.output, _FREE_FIELDS)
     claim_folder(config, config.output)
     dataset = TrainingData(config)
+    # Opened now, so that a mistake in the recipe does not show after hours.
+    pictures = open_eval_data(config)
     start, processor = _dense_start(config, dataset)
     runner = StageRunner(config, dataset, processor)
     models = {"dense": start}
@@ -64,8 +66,6 @@ def run(config: TrainConfig) -> dict[str, Path]:
             models["sparse_upcycling"] = runner.run(stage, partial(_sparse_upcycling, config, start))
         elif method == "dmu":
             models |= run_dmu(runner, start)
-    # By all ranks, which wait for each other in it; the rest is rank 0's.
-    pictures = open_eval_data(config)
     if is_main():
         write_report(config, models, processor, pictures)
     barrier()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from vision_moe.data.captions import CaptionDataset, open_dataset
 from vision_moe.data.hf import stream_hf
-from vision_moe.data.sources import find_shards, has_splits
+from vision_moe.data.shard_source import find_shards, has_splits
 from vision_moe.data.stream import CaptionStream, ShardReader
 from vision_moe.data.tar_shards import TarShards
 from vision_moe.distributed import rank, world_size

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vision_moe.data.read_config import ReadConfig
+from vision_moe.data.read_config import ReadConfig, all_fields
 
 
 def captions_of(metadata: dict[str, Any], fields: str, name: str) -> list[str]:
@@ -30,7 +30,7 @@ def draw_caption(metadata: dict[str, Any], config: ReadConfig, name: str, key: S
         ValueError: as `captions_of`.
     """
     rng = np.random.default_rng(key)
-    captions = captions_of(metadata, config.fields, name)
+    captions = captions_of(metadata, all_fields(config), name)
     if config.caption_weights is not None:
         weights = np.array(list(config.caption_weights.values()))
         field = list(config.caption_weights)[int(rng.choice(len(weights), p=weights / weights.sum()))]

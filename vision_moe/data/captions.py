@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from vision_moe.data.caption_fields import captions_of, draw_caption
 from vision_moe.data.picture import decode
-from vision_moe.data.read_config import ReadConfig
+from vision_moe.data.read_config import ReadConfig, all_fields
 from vision_moe.data.readable import check_share, files_fingerprint, find_unreadable
 from vision_moe.data.sources import Source, open_source
 
@@ -89,7 +89,7 @@ class CaptionDataset(Dataset[CaptionSample]):
             ValueError: there are none, or they are not text.
         """
         position = self._position(index)
-        return captions_of(self.source.metadata(position), self.config.fields, self.source.name(position))
+        return captions_of(self.source.metadata(position), all_fields(self.config), self.source.name(position))
 
     def metadata(self, index: int) -> dict[str, Any]:
         """The JSON that belongs to a picture, as it was written."""
@@ -169,7 +169,7 @@ def check_field(source: Source, config: ReadConfig) -> None:
     errors = []
     for position in range(min(len(source), 8)):
         try:
-            captions_of(source.metadata(position), config.fields, source.name(position))
+            captions_of(source.metadata(position), all_fields(config), source.name(position))
         except ValueError as error:
             errors.append(error)
         else:

@@ -39,8 +39,10 @@ def decode(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 return _to_rgb(ImageOps.exif_transpose(image))
             return _to_rgb(image)
-    except (SyntaxError, ValueError, EOFError, TypeError, Image.DecompressionBombError) as error:
-        # Pillow's plugins raise these beside OSError for damaged files.
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        # Damaged files make Pillow's plugins raise whatever their parsing comes upon: SyntaxError, struct.error, ...
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 

@@ -48,7 +48,8 @@ class ReadConfig:
         if weights is not None and (not weights or any("+" in field or not w > 0 for field, w in weights.items())):
             raise ValueError(f"caption_weights must give single fields a weight above 0, but got {weights}")
 
-    @property
-    def fields(self) -> str:
-        """All fields that captions are taken from, joined by "+"."""
-        return self.caption_field if self.caption_weights is None else "+".join(self.caption_weights)
+
+def all_fields(config: ReadConfig) -> str:
+    """All fields that captions are taken from, joined by "+"."""
+    # No property: the command line takes those of a configuration for subcommands.
+    return config.caption_field if config.caption_weights is None else "+".join(config.caption_weights)

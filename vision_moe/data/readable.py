@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vision_moe.data.caption_fields import captions_of
 from vision_moe.data.picture import decode
-from vision_moe.data.read_config import ReadConfig
+from vision_moe.data.read_config import ReadConfig, all_fields
 from vision_moe.data.sources import Source
 from vision_moe.distributed import is_main, main_first
 from vision_moe.files import write_json
@@ -38,7 +38,7 @@ def find_unreadable(source: Source, config: ReadConfig, *, check_cache: Path | N
     """
     # Without a cache the other ranks have nothing to wait for.
     with nullcontext() if check_cache is None else main_first():
-        key = f"{files_fingerprint(source)}-{config.fields}-{config.max_pixels}"
+        key = f"{files_fingerprint(source)}-{all_fields(config)}-{config.max_pixels}"
         if check_cache is not None and check_cache.is_file():
             kept = json.loads(check_cache.read_text(encoding="utf-8"))
             if kept["fingerprint"] == key:
@@ -112,14 +112,15 @@ class _Verdicts(Dataset[tuple[int, str | None]]):
     def __getitem__(self, position: int) -> tuple[int, str | None]:
         try:
             decode(self.source.picture(position), self.config.max_pixels)
-            captions_of(self.source.metadata(position), self.config.fields, self.source.name(position))
+            captions_of(self.source.metadata(position), all_fields(self.config), self.source.name(position))
         except (OSError, ValueError) as error:
             return position, str(error)
         return position, None
 
 
 def _read_all(source: Source, config: ReadConfig) -> dict[int, str]:
-    found = {}
+    found: dict[int, str] = {}
+    verdicts: list[tuple[int, str | None]]
     for verdicts in in_parallel(_Verdicts(source, config), len(source)):
-        found.update({position: reason for position, reason in verdicts if reason is not None})
+        found |= {position: reason for position, reason in verdicts if reason is not None}
     return found

@@ -28,7 +28,7 @@ class RawSample(NamedTuple):
         if self.error is not None:
             raise ValueError(self.error)
         if self.picture is None:
-            raise FileNotFoundError(f"{self.name} has no picture ({', '.join(PICTURES)})")
+            raise FileNotFoundError(f"{self.name} has no picture")
         return self.picture
 
 

@@ -20,7 +20,7 @@ from vision_moe.data.archive import DamagedShardError
 from vision_moe.data.caption_fields import captions_of, draw_caption
 from vision_moe.data.captions import CaptionSample
 from vision_moe.data.picture import decode
-from vision_moe.data.read_config import ReadConfig
+from vision_moe.data.read_config import ReadConfig, all_fields
 from vision_moe.data.samples import RawSample
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class CaptionStream(IterableDataset[StreamSample]):
         for shard in range(len(self.reader.shards)):
             for raw in self._read(shard, 0, []):
                 try:
-                    yield from captions_of(raw.metadata, self.config.fields, raw.name)
+                    yield from captions_of(raw.metadata, all_fields(self.config), raw.name)
                 except ValueError:
                     # Counted, named and judged when the picture is drawn.
                     continue
