@@ -146,7 +146,6 @@ def _read(config: CheckConfig, report: CheckReport, refused: list[str]) -> None:
         except (ValueError, IndexError) as error:
             refused.append(str(error))
         items, total = _Indexed(source, config), len(source)
-    findings: list[Finding]
     for findings in in_parallel(items, total, workers=workers):
         report.add(findings)
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -20,8 +20,6 @@ from vision_moe.distributed import is_main, main_first
 from vision_moe.files import write_json
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
 
 # Below this many pictures, starting worker processes takes longer than decoding.
 _WORTH_WORKERS = 1000
@@ -81,7 +79,7 @@ def files_fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def in_parallel(items: Dataset[Item], total: int, *, workers: int | None = None) -> Iterator[list[Item]]:
+def in_parallel(items: Dataset[Any], total: int, *, workers: int | None = None) -> Iterator[list[Any]]:
     """Lists of a data set's items, read by worker processes where there are many, behind a progress bar.
 
     Args:
@@ -120,7 +118,6 @@ class _Verdicts(Dataset[tuple[int, str | None]]):
 
 def _read_all(source: Source, config: ReadConfig) -> dict[int, str]:
     found: dict[int, str] = {}
-    verdicts: list[tuple[int, str | None]]
     for verdicts in in_parallel(_Verdicts(source, config), len(source)):
         found |= {position: reason for position, reason in verdicts if reason is not None}
     return found
