@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from eval.labelled import SUFFIXES, decoded, files_digest
-from vision_moe.data.sources import Member, index_shard
+from vision_moe.data.archive import Member, index
 
 
 class ClassShards:
@@ -21,7 +21,8 @@ class ClassShards:
 
     Raises:
         FileNotFoundError: one of these is missing, or there are fewer shards than nshards.txt says.
-        ValueError: a sample has no picture or no label, a label is no class, or a line of the text files is empty.
+        ValueError: a shard is damaged, a sample has no picture or no label, a label is no class, or a line of the text
+            files is empty.
     """
 
     def __init__(self, folder: Path, split: str = "test") -> None:
@@ -39,7 +40,10 @@ class ClassShards:
         self._samples: list[tuple[int, str, Member]] = []
         labels = []
         for number, shard in enumerate(self._shards):
-            for key, members in index_shard(shard).items():
+            samples, damage = index(shard)
+            if damage is not None:
+                raise ValueError(f"{shard} is damaged: {damage}")
+            for key, members in samples.items():
                 picture = next((members[suffix] for suffix in sorted(members) if suffix in SUFFIXES), None)
                 if picture is None or ".cls" not in members:
                     raise ValueError(f"{shard}: {key} has {sorted(members)}; needs a picture and a .cls")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from eval.caption_lists import CaptionList, coco_captions, karpathy_captions, read_json, token_captions
 from vision_moe.data.captions import CaptionDataset, open_captions
+from vision_moe.data.read_config import ReadConfig
 
 NUM_CAPTIONS = 5
 
@@ -120,7 +121,7 @@ def open_retrieval(
         check = None if cache is None else cache / f"readable-{data.name}-{split}.json"
         dataset = open_captions(data, split=split, caption_field=caption_field, image_dir=image_dir, check_cache=check)
         return _held_to(protocol, form, dataset, data)
-    return _held_to(protocol, form, CaptionDataset(source), data)
+    return _held_to(protocol, form, CaptionDataset(source, ReadConfig()), data)
 
 
 def _held_to(protocol: str | None, form: str, dataset: CaptionDataset, data: Path) -> Captioned:

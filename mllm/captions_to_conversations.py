@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from vision_moe.checkpoint import write_folder
 from vision_moe.config import parse
-from vision_moe.data.readable import decode
-from vision_moe.data.sources import Source, captions_of, open_source
+from vision_moe.data.caption_fields import captions_of
+from vision_moe.data.picture import decode
+from vision_moe.data.read_config import ReadConfig
+from vision_moe.data.sources import Source, open_source
 from vision_moe.files import write_json
 from vision_moe.tracking import setup_logging
 
@@ -65,7 +67,7 @@ def convert(config: ConversionConfig) -> int:
     Raises:
         ValueError: no photo can be read.
     """
-    source = open_source(config.data, config.split, config.image_dir)
+    source = open_source(config.data, config.split, ReadConfig(image_dir=config.image_dir))
     count = 0
 
     def write(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from transformers import AutoModel, CLIPProcessor
 
 from vision_moe.analysis import utilization
-from vision_moe.data.captions import CaptionDataset, open_captions
+from vision_moe.data.captions import CaptionDataset, open_dataset
+from vision_moe.data.read_config import all_fields
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.factors import factor_accuracy
 from vision_moe.files import write_json, write_text
@@ -58,7 +60,7 @@ def _write_tables(config: TrainConfig, rows: dict[str, Any]) -> None:
     results = {
         "data": str(config.data.eval or config.data.train),
         "split": config.data.eval_split,
-        "caption_field": config.data.eval_caption_field or config.data.caption_field,
+        "caption_field": config.data.eval_caption_field or all_fields(config.data),
         "seed": config.seed,
         "stages": finished_stages(config.output),
         "models": rows,
@@ -122,14 +124,15 @@ def _evaluate(config: TrainConfig, folder: Path, processor: CLIPProcessor, datas
 def open_eval_data(config: TrainConfig) -> CaptionDataset:
     """The pictures that the final table is measured on."""
     data = config.data
-    return open_captions(
-        data.eval or data.train,
-        split=data.eval_split,
-        caption_field=data.eval_caption_field or data.caption_field,
-        image_dir=data.image_dir,
-        seed=config.seed,
-        max_unreadable_share=data.max_unreadable_share,
-        check_cache=config.output / "readable_eval.json",
+    reading = replace(
+        data,
+        format=data.eval_format or data.format,
+        caption_field=data.eval_caption_field or all_fields(data),
+        caption_weights=None,
+    )
+    check_cache = config.output / "readable_eval.json"
+    return open_dataset(
+        data.eval or data.train, reading, split=data.eval_split, seed=config.seed, check_cache=check_cache
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vision_moe.data.read_config import DataFormat, ReadConfig
 from vision_moe.moe.losses import AuxLossWeights
 from vision_moe.moe_recipe import Layers, MoEConfig
 
@@ -11,25 +12,28 @@ Method = Literal["dense", "direct", "sparse_upcycling", "dmu", "limoe"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where pictures and captions come from."""
+class DataConfig(ReadConfig):
+    """Where pictures and captions come from (docs/data.md)."""
 
-    train: Path
-    """Folder of WebDataset shards, or a JSON/JSONL file of captions (then set image_dir)."""
+    train: str
+    """A folder of WebDataset shards or of img2dataset's output, or a JSON/JSONL file of captions (then set image_dir);
+    with format "hf" a Hugging Face data set; with streaming also shards by URL: {00000..00123} counts up."""
     eval: Path | None = None
     """The same for the final table; None evaluates on `train`'s folder with `eval_split`."""
     train_split: str = "train"
-    """Shards `{split}-*.tar` are read; ignored for JSON files."""
+    """Shards `{split}-*.tar` are read, or this split of a Hugging Face data set; ignored where there are no splits."""
     eval_split: str = "test"
     """Split that the final table is measured on."""
-    caption_field: str = "captions"
-    """Field of a sample's JSON: a list of captions (one is drawn per epoch) or one string; "a+b" pools two fields."""
+    eval_format: DataFormat | None = None
+    """Form of `eval`; None takes format."""
     eval_caption_field: str | None = None
-    """The same for the final table; None takes caption_field."""
-    image_dir: Path | None = None
-    """Folder that the picture names of a JSON file are relative to."""
-    max_unreadable_share: float = 0.01
-    """Unreadable pictures are skipped and counted; more than this share of all is an error."""
+    """The same for the final table; None takes caption_field, or all fields of caption_weights."""
+    streaming: bool = False
+    """Stages that draw at random read the shards in sequence, through a shuffle buffer; MCL needs random access."""
+    shuffle_buffer: int = 1000
+    """Encoded pictures that each loading process holds and draws from."""
+    num_samples: int | None = None
+    """Pictures of the training set, where shards are streamed and cannot be counted; needed to count epochs."""
     num_workers: int = 0
     """Data loading processes; 0 loads in the training process."""
 

@@ -10,10 +10,10 @@ class SampledTrainer(Trainer):
     """Trainer over a batch sampler of ours.
 
     Args:
-        batch_sampler: yields this rank's keys for each forward.
+        batch_sampler: yields this rank's keys for each forward; None where a subclass brings its own loader.
     """
 
-    def __init__(self, *args: Any, batch_sampler: Sampler[Any], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, batch_sampler: Sampler[Any] | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.batch_sampler = batch_sampler
 

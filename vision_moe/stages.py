@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from vision_moe.checkpoint import last_checkpoint, write_folder
 from vision_moe.data.captions import CaptionDataset
 from vision_moe.data.collate import CaptionCollator
 from vision_moe.data.sampler import ClusterBatchSampler, EpochBatchSampler
-from vision_moe.distributed import barrier, is_main, rank, world_size
+from vision_moe.data.stream_loader import StreamLoader, load_state
+from vision_moe.distributed import barrier, is_main, rank, sum_over_ranks, world_size
 from vision_moe.files import write_json
 from vision_moe.freeze import set_trainable
 from vision_moe.model import CLIPMoEModel
@@ -29,6 +31,7 @@ from vision_moe.router_bias import RouterBiasCallback
 from vision_moe.router_init import router_from_centroids
 from vision_moe.tracking import MetricsCallback
 from vision_moe.trainer import ContrastiveTrainer, training_arguments
+from vision_moe.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +60,15 @@ class Stage:
 class StageRunner:
     """Holds what all stages of a run share: recipe, data, processor, folder."""
 
-    def __init__(self, config: TrainConfig, dataset: CaptionDataset, processor: CLIPProcessor) -> None:
+    def __init__(self, config: TrainConfig, data: TrainingData, processor: CLIPProcessor) -> None:
         self.config = config
-        self.dataset = dataset
+        self.data = data
         self.processor = processor
+
+    @property
+    def dataset(self) -> CaptionDataset:
+        """The training pictures by index; an error where they are only streamed."""
+        return self.data.dataset
 
     def folder(self, name: str) -> Path:
         """Folder of a stage."""
@@ -91,50 +99,53 @@ class StageRunner:
         if stage.trainable in ("all", "text") and not self._trains_logit_scale(stage):
             model.logit_scale.requires_grad_(False)
         num_steps = max(1, math.ceil(stage.samples / self.config.global_batch_size))
-        sampler = self._sampler(stage, num_steps)
+        checkpoint = last_checkpoint(folder / "checkpoints")
+        loader = self._stream_loader(stage, checkpoint)
+        sampler = self._sampler(stage, num_steps) if loader is None else None
         logger.info("stage %s: %s; trains %s", stage.name, _plan(stage, sampler, num_steps), trained)
         trainer = ContrastiveTrainer(
             model=model,
             args=training_arguments(self.config, stage.config, folder, num_steps),
-            train_dataset=self.dataset,
+            train_dataset=self.dataset if loader is None else loader.stream,
             data_collator=CaptionCollator(self.processor),
             batch_sampler=sampler,
+            stream_loader=loader,
             label_smoothing=stage.config.label_smoothing,
             groups_N=stage.labels_N if isinstance(sampler, ClusterBatchSampler) else None,
             callbacks=[MetricsCallback(self.config.output, stage.name), RouterBiasCallback()],
             # None: the Trainer's AdamW. Under DeepSpeed, which shards what Muon needs whole, it takes no other.
             optimizers=(_muon(model, stage.config) if stage.config.optimizer == "muon" else None, None),
         )
-        checkpoint = last_checkpoint(folder / "checkpoints")
         if checkpoint:
             logger.info("stage %s goes on from %s", stage.name, checkpoint)
         start = time.monotonic()
         trainer.train(resume_from_checkpoint=checkpoint)
-        self._finish(stage, trainer, sampler, num_steps, time.monotonic() - start, resumed=bool(checkpoint))
+        batches = sampler.report() if isinstance(sampler, ClusterBatchSampler) else None
+        summary = {"cluster_batches": batches, "stream": None if loader is None else _stream_report(loader, trainer)}
+        self._finish(stage, trainer, num_steps, time.monotonic() - start, resumed=bool(checkpoint), more=summary)
         return self.model_folder(stage.name)
 
     def _finish(
         self,
         stage: Stage,
         trainer: ContrastiveTrainer,
-        sampler: EpochBatchSampler | ClusterBatchSampler,
         num_steps: int,
         seconds: float,
         *,
         resumed: bool,
+        more: dict[str, Any],
     ) -> None:
         folder = self.folder(stage.name)
         if is_main():
             model = trainer.accelerator.unwrap_model(trainer.model)
             self.save(model, self.model_folder(stage.name))
-            batches = sampler.report() if isinstance(sampler, ClusterBatchSampler) else None
             summary = {
                 "name": stage.name,
                 "steps": num_steps,
                 "samples": num_steps * self.config.global_batch_size,
                 "seconds": round(seconds, 1),
                 "seconds_cover": "since the resumption" if resumed else "the whole stage",
-                "cluster_batches": batches,
+                **more,
             }
             write_json(folder / "stage.json", summary)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -196,6 +207,20 @@ class StageRunner:
             ancestors=stage.ancestors,
         )
 
+    def _stream_loader(self, stage: Stage, checkpoint: str | None) -> StreamLoader | None:
+        """The loader of a stage that draws at random, where the data are streamed."""
+        stream = self.data.stream
+        if stream is None or stage.labels_N is not None:
+            return None
+        return StreamLoader(
+            stream,
+            CaptionCollator(self.processor),
+            batch_size=self.config.global_batch_size // world_size(),
+            num_workers=self.config.data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            state=None if checkpoint is None else load_state(Path(checkpoint), rank()),
+        )
+
     def _trains_logit_scale(self, stage: Stage) -> bool:
         return stage.name in _START_STAGES or self.config.train_logit_scale
 
@@ -214,7 +239,12 @@ def _muon(model: PreTrainedModel, config: StageConfig) -> MuonAdamW:
     return MuonAdamW(model, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, config.adam_beta2))
 
 
-def _plan(stage: Stage, sampler: EpochBatchSampler | ClusterBatchSampler, num_steps: int) -> str:
+def _stream_report(loader: StreamLoader, trainer: ContrastiveTrainer) -> dict[str, int]:
+    counts_K = sum_over_ranks(loader.counts().to(trainer.args.device))
+    return dict(zip(("seen", "unreadable", "damaged_shards"), counts_K.tolist(), strict=True))
+
+
+def _plan(stage: Stage, sampler: EpochBatchSampler | ClusterBatchSampler | None, num_steps: int) -> str:
     plan = f"{stage.samples} pairs in {num_steps} steps"
     if not isinstance(sampler, ClusterBatchSampler):
         return plan

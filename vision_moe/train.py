@@ -6,7 +6,7 @@ again, it goes on where it stopped.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from transformers import AutoModel, CLIPModel, CLIPProcessor
 
 from vision_moe.assets import resolve_model
 from vision_moe.config import parse
-from vision_moe.data.captions import CaptionDataset, open_captions
 from vision_moe.distributed import barrier, is_main
 from vision_moe.dmu import run_dmu, stage_samples, total_samples
 from vision_moe.encoder_report import open_eval_data, write_report
@@ -30,6 +29,7 @@ from vision_moe.run_folder import check_folder, claim_folder
 from vision_moe.scratch import build_clip, build_processor
 from vision_moe.stages import Stage, StageRunner
 from vision_moe.tracking import setup_logging
+from vision_moe.training_data import TrainingData
 from vision_moe.upcycle import upcycle
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,9 @@ def run(config: TrainConfig) -> dict[str, Path]:
     """Runs every method of the recipe and writes the report; returns the model folders by name."""
     check_folder(config, config.output, _FREE_FIELDS)
     claim_folder(config, config.output)
-    dataset = _open_data(config)
+    dataset = TrainingData(config)
+    # Opened now, so that a mistake in the recipe does not show after hours.
+    pictures = open_eval_data(config)
     start, processor = _start(config, dataset)
     runner = StageRunner(config, dataset, processor)
     models: dict[str, Path] = {} if start is None else {"dense": start}
@@ -70,24 +72,20 @@ def run(config: TrainConfig) -> dict[str, Path]:
             samples = stage_samples(config.limoe, len(dataset))
             stage = Stage(name="limoe", config=config.limoe, trainable="all", samples=samples)
             models["limoe"] = runner.run(stage, partial(build_limoe, config, processor))
-    write_report(config, models, processor, open_eval_data(config))
+    write_report(config, models, processor, pictures)
     return models
 
 
-def _start(config: TrainConfig, dataset: CaptionDataset) -> tuple[Path | None, CLIPProcessor]:
+def _start(config: TrainConfig, dataset: TrainingData) -> tuple[Path | None, CLIPProcessor]:
     """Folder of the dense CLIP, None where no method needs one, and the processor of all models."""
     if set(config.methods) != {"limoe"}:
         return _dense_start(config, dataset)
     if config.model is not None:
         return None, CLIPProcessor.from_pretrained(resolve_model(config.model))
-    return None, build_processor(config.scratch, _captions(dataset))
+    return None, build_processor(config.scratch, dataset.captions())
 
 
-def _captions(dataset: CaptionDataset) -> Iterator[str]:
-    return (text for index in range(len(dataset)) for text in dataset.captions(index))
-
-
-def _dense_start(config: TrainConfig, dataset: CaptionDataset) -> tuple[Path, CLIPProcessor]:
+def _dense_start(config: TrainConfig, dataset: TrainingData) -> tuple[Path, CLIPProcessor]:
     """Folder of the dense CLIP that everything starts from, and its processor."""
     if config.model is not None:
         source = resolve_model(config.model)
@@ -98,7 +96,7 @@ def _dense_start(config: TrainConfig, dataset: CaptionDataset) -> tuple[Path, CL
             runner.save(_stretched(config, AutoModel.from_pretrained(source), processor), folder)
         barrier()
         return folder, CLIPProcessor.from_pretrained(folder)
-    model, processor = build_clip(config.scratch, _captions(dataset), config.seed)
+    model, processor = build_clip(config.scratch, dataset.captions(), config.seed)
     model = _stretched(config, model, processor)
     runner = StageRunner(config, dataset, processor)
     build: Callable[[], CLIPModel] = lambda: model  # noqa: E731
@@ -135,19 +133,6 @@ def _sparse_upcycling(runner: StageRunner, start: Path) -> CLIPMoEModel:
         **moe.model_fields,
     )
     return runner.init_routers(model, moe)
-
-
-def _open_data(config: TrainConfig) -> CaptionDataset:
-    data = config.data
-    return open_captions(
-        data.train,
-        split=data.train_split,
-        caption_field=data.caption_field,
-        image_dir=data.image_dir,
-        seed=config.seed,
-        max_unreadable_share=data.max_unreadable_share,
-        check_cache=config.output / "readable_train.json",
-    )
 
 
 if __name__ == "__main__":

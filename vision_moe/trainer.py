@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from vision_moe.contrastive import contrastive_loss
+from vision_moe.data.stream_loader import StreamLoader, save_state
 from vision_moe.distributed import world_size
 from vision_moe.modality_routing import modality_metrics
 from vision_moe.recipe import StageConfig, TrainConfig
@@ -22,10 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class ContrastiveTrainer(SampledTrainer):
-    """Trainer whose batches come from a batch sampler of (index, epoch) keys, and whose loss is InfoNCE + aux_loss.
+    """Trainer whose batches come from a batch sampler of (index, epoch) keys or a stream; loss: InfoNCE + aux_loss.
 
     Args:
         batch_sampler: yields this rank's keys of each global batch.
+        stream_loader: gives this rank's batches instead; every checkpoint keeps its state, and it must be made from the
+            state of the checkpoint that training resumes from.
         label_smoothing: of both cross-entropies.
         groups_N: int64[N], label of every sample; pairs of different label are no negatives. None: all are.
     """
@@ -33,18 +36,35 @@ class ContrastiveTrainer(SampledTrainer):
     def __init__(
         self,
         *args: Any,
-        batch_sampler: Sampler[Any],
+        batch_sampler: Sampler[Any] | None = None,
+        stream_loader: StreamLoader | None = None,
         label_smoothing: float = 0.0,
         groups_N: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, batch_sampler=batch_sampler, **kwargs)
+        self.stream_loader = stream_loader
+        # A stream resumes by its own position; the Trainer would read and drop all batches before it.
+        self.args.ignore_data_skip = stream_loader is not None
         self.label_smoothing = label_smoothing
         self.groups_N = groups_N
         self._terms: dict[str, list[Tensor]] = {}
         self._routing = RoutingMetrics()
         # The loss is a mean over the global batch already: the Trainer must not divide it by accumulation steps.
         self.model_accepts_loss_kwargs = False
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The stream's loader, each rank's own: accelerate would read on rank 0 alone and send the batches out."""
+        return super().get_train_dataloader() if self.stream_loader is None else self.stream_loader
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the weights, and this rank's place in the stream beside them.
+
+        In a checkpoint both come before trainer_state.json, without which it does not count as complete.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.stream_loader is not None:
+            save_state(self.stream_loader, Path(output_dir or self.args.output_dir))
 
     def compute_loss(
         self,
@@ -79,6 +99,9 @@ class ContrastiveTrainer(SampledTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss terms and the routing since the last log."""
+        if self.stream_loader is not None:
+            # Of all steps: without skipping, the Trainer counts from the resumption.
+            self.state.epoch = self.state.global_step / self.state.max_steps
         if "loss" in logs:
             for name, values in self._terms.items():
                 logs[name] = float(torch.stack(values).mean())

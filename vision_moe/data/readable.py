@@ -1,18 +1,21 @@
 """The pass before training that reads every picture and caption once and reports those that cannot be read."""
 
 import hashlib
-import io
 import json
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vision_moe.data.sources import Source, captions_of
+from vision_moe.data.caption_fields import captions_of
+from vision_moe.data.picture import decode
+from vision_moe.data.read_config import ReadConfig, all_fields
+from vision_moe.data.sources import Source
 from vision_moe.distributed import is_main, main_first
 from vision_moe.files import write_json
 
@@ -23,36 +26,22 @@ _WORTH_WORKERS = 1000
 _NAMES_LOGGED = 20
 
 
-def decode(encoded: bytes) -> Image.Image:
-    """Decodes a picture fully, to RGB.
-
-    Raises:
-        OSError: the bytes are no picture, or only part of one.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.convert("RGB")
-    except (SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        # Pillow's plugins raise these beside OSError for damaged files.
-        raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-def find_unreadable(source: Source, caption_field: str, *, check_cache: Path | None = None) -> dict[int, str]:
+def find_unreadable(source: Source, config: ReadConfig, *, check_cache: Path | None = None) -> dict[int, str]:
     """Position and reason of every picture that cannot be decoded or has no caption.
 
     Args:
         source: where the pictures lie.
-        caption_field: key of the captions.
+        config: key of the captions, and the largest picture.
         check_cache: JSON file to keep the answer in, reused while no file changes name, size or time.
     """
     # Without a cache the other ranks have nothing to wait for.
     with nullcontext() if check_cache is None else main_first():
-        key = f"{files_fingerprint(source)}-{caption_field}"
+        key = f"{files_fingerprint(source)}-{all_fields(config)}-{config.max_pixels}"
         if check_cache is not None and check_cache.is_file():
             kept = json.loads(check_cache.read_text(encoding="utf-8"))
             if kept["fingerprint"] == key:
                 return dict(kept["unreadable"])
-        found = _read_all(source, caption_field)
+        found = _read_all(source, config)
         if check_cache is not None and is_main():
             write_json(check_cache, {"fingerprint": key, "unreadable": sorted(found.items())})
         return found
@@ -90,32 +79,45 @@ def files_fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
+def in_parallel(items: Dataset[Any], total: int, *, workers: int | None = None) -> Iterator[list[Any]]:
+    """Lists of a data set's items, read by worker processes where there are many, behind a progress bar.
+
+    Args:
+        items: by position, or as a stream.
+        total: number of items, for the bar and to judge whether workers are worth their start; 0 if unknown.
+        workers: processes; None takes one a core for many items.
+    """
+    if workers is None:
+        workers = (os.cpu_count() or 1) if total >= _WORTH_WORKERS else 0
+    loader = DataLoader(items, batch_size=64, num_workers=workers, collate_fn=list)
+    # disable=None: no bar where stderr is not a terminal.
+    with tqdm(total=total or None, desc="checking pictures", disable=None if is_main() else True) as bar:
+        for found in loader:
+            yield found
+            bar.update(len(found))
+
+
 class _Verdicts(Dataset[tuple[int, str | None]]):
     """Item i says why picture i or its captions cannot be read, or None."""
 
-    def __init__(self, source: Source, caption_field: str) -> None:
+    def __init__(self, source: Source, config: ReadConfig) -> None:
         self.source = source
-        self.caption_field = caption_field
+        self.config = config
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, position: int) -> tuple[int, str | None]:
         try:
-            decode(self.source.picture(position))
-            captions_of(self.source.metadata(position), self.caption_field, self.source.name(position))
+            decode(self.source.picture(position), self.config.max_pixels)
+            captions_of(self.source.metadata(position), all_fields(self.config), self.source.name(position))
         except (OSError, ValueError) as error:
             return position, str(error)
         return position, None
 
 
-def _read_all(source: Source, caption_field: str) -> dict[int, str]:
-    workers = (os.cpu_count() or 1) if len(source) >= _WORTH_WORKERS else 0
-    loader = DataLoader(_Verdicts(source, caption_field), batch_size=64, num_workers=workers, collate_fn=list)
-    found = {}
-    # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=len(source), desc="checking pictures", disable=None if is_main() else True) as bar:
-        for verdicts in loader:
-            found.update({position: reason for position, reason in verdicts if reason is not None})
-            bar.update(len(verdicts))
+def _read_all(source: Source, config: ReadConfig) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for verdicts in in_parallel(_Verdicts(source, config), len(source)):
+        found |= {position: reason for position, reason in verdicts if reason is not None}
     return found

@@ -144,7 +144,7 @@ def test_check_is_kept_until_a_file_changes(shards, tmp_path, monkeypatch):
 
     decoded = []
 
-    def count(encoded):
+    def count(encoded, max_pixels):
         decoded.append(len(encoded))
         return Image.new("RGB", (1, 1))
 
