@@ -13,7 +13,7 @@ from mllm.data.index import SampleIndex, image_names
 
 
 def sample(number: int, **fields: Any) -> dict[str, Any]:
-    turns = [{"from": "human", "value": f"What is {number}?"}, {"from": "gpt", "value": "é 日本 😀 \u2028 \" \\ ] }, {"}]
+    turns = [{"from": "human", "value": f"What is {number}?"}, {"from": "gpt", "value": 'é 日本 😀 \u2028 " \\ ] }, {'}]
     return {"id": number if number % 2 else str(number), "conversations": turns, **fields}
 
 
