@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 
 def pack_rows(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
-    """Spreads samples over as few rows as possible, and evenly, so that little padding is left.
+    """Spreads samples over rows so that little padding is left.
 
-    The longest sample that is left goes to the shortest row (Graham 1969, longest processing time first); the number of
-    rows is the smallest with which no row exceeds `row_length`.
+    The longest sample that is left goes to the shortest row (Graham 1969, longest processing time first). Of all numbers
+    of rows with which no row exceeds `row_length`, the one with the fewest places is taken, and the largest of those:
+    attention costs least in short rows.
 
     Args:
         lengths: tokens of each sample.
@@ -26,14 +27,21 @@ def pack_rows(lengths: Sequence[int], row_length: int | None) -> list[list[int]]
     if max(lengths) > row_length:
         raise ValueError(f"a sample of {max(lengths)} tokens does not fit into a row of row_length={row_length}")
     descending = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    num_rows = -(-sum(lengths) // row_length)
-    while True:
-        rows: list[list[int]] = [[] for _ in range(num_rows)]
-        loads = [0] * num_rows
-        for number in descending:
-            emptiest = loads.index(min(loads))
-            rows[emptiest].append(number)
-            loads[emptiest] += lengths[number]
-        if max(loads) <= row_length:
-            return [sorted(row) for row in rows]
-        num_rows += 1
+    best: list[list[int]] = []
+    fewest = 0
+    for num_rows in range(len(lengths), -(-sum(lengths) // row_length) - 1, -1):
+        rows, longest = _spread(descending, lengths, num_rows)
+        if longest <= row_length and (not best or num_rows * longest < fewest):
+            best, fewest = rows, num_rows * longest
+    return [sorted(row) for row in best]
+
+
+def _spread(descending: Sequence[int], lengths: Sequence[int], num_rows: int) -> tuple[list[list[int]], int]:
+    """The rows, and the length of the longest."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    loads = [0] * num_rows
+    for number in descending:
+        emptiest = loads.index(min(loads))
+        rows[emptiest].append(number)
+        loads[emptiest] += lengths[number]
+    return rows, max(loads)

@@ -22,11 +22,14 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-def test_rows_are_as_few_as_fit_and_evenly_filled() -> None:
-    # 20 tokens need two rows of 12. Longest first: 7 | 5, then 4 to the row of 5, 3 to that of 7, 1 to that of 9.
+def test_rows_leave_little_padding() -> None:
+    # Longest first to the shortest of two rows: 7 | 5, then 4 to the 5, 3 to the 7, 1 to the 9: 2 rows of 10, no padding.
+    # One row of 20 is too long, three (7 | 5 1 | 4 3) take 21 places, four and five take 28 and 35.
     assert pack_rows([3, 7, 1, 5, 4], 12) == [[0, 1], [2, 3, 4]]
-    # 18 tokens in rows of 9, but no two samples fit together.
+    # No two fit together.
     assert pack_rows([6, 6, 6], 9) == [[0], [1], [2]]
+    # Without padding either way, short rows are cheaper.
+    assert pack_rows([4, 4], 8) == [[0], [1]]
     assert pack_rows([3, 7, 1], None) == [[0, 1, 2]]
 
 
