@@ -1,6 +1,9 @@
 """What a run does with its data: packing, skipping, and what metrics.jsonl tells of it."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mllm.train import run
+from vision_moe.config import write_yaml
 from vision_moe.tracking import read_metrics
 
 
@@ -77,3 +81,21 @@ def test_skipping_does_not_depend_on_how_samples_are_dealt_out(
     # 12 samples of 7: each comes at least once.
     skipped = [entries(config.output)[-1]["skipped_samples"] for config in (whole, single)]
     assert skipped[0] == skipped[1] >= 1
+
+
+def test_two_processes_skip_and_pack_as_one_does(make_finetune: Any, tmp_path: Path, one_missing: Path) -> None:
+    fields = {"bad_samples": "skip"}
+    alone = make_finetune(tmp_path / "alone", fields, data=one_missing, packing=True)
+    ranks = make_finetune(tmp_path / "ranks", fields, data=one_missing, packing=True, per_device_batch_size=2)
+    write_yaml(ranks, tmp_path / "ranks.yaml")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mllm.train"]
+    subprocess.run(
+        [sys.executable, *command, str(tmp_path / "ranks.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+        timeout=400,
+    )
+    same(weights(ranks.output / "model"), weights(run(alone)))
+    for entry, other in zip(entries(ranks.output), entries(alone.output), strict=True):
+        assert entry["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert entry.get("skipped_samples") == other.get("skipped_samples")
