@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -119,6 +120,17 @@ def assemble(
     folder = Path(out_dir)
     save(model, processor, folder)
     return folder
+
+
+def build_processor(
+    vision: str | Path, language_model: str | Path, image_aspect_ratio: AspectRatio = "pad"
+) -> tuple[LlavaProcessor, int]:
+    """The processor that `build_llava` makes of these parts, and the tokens of a picture; no weights are read."""
+    config = AutoConfig.from_pretrained(vision)
+    vision_config = getattr(config, "vision_config", config)
+    words = _prepared_tokenizer(language_model)
+    processor = _processor(vision_config, words, image_aspect_ratio, vision)
+    return processor, (vision_config.image_size // vision_config.patch_size) ** 2
 
 
 def save(model: PreTrainedModel, processor: LlavaProcessor, folder: Path) -> None:

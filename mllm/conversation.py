@@ -6,43 +6,19 @@ answer. Nothing is tokenised twice to count tokens: that is what makes LLaVA's o
 tokenizer counts differently in context.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-IMAGE_TOKEN = "<image>"
+from mllm.templates import IMAGE_TOKEN, Rendered, Template, Turn, render
+
+__all__ = ["IGNORE_INDEX", "IMAGE_TOKEN", "IMAGE_TOKEN_ID", "Template", "encode", "encode_prompt", "stop_token_ids"]
+
 IMAGE_TOKEN_ID = -200
 IGNORE_INDEX = -100
 
-Template = Literal["v1", "plain", "chat"]
 Conversation = Sequence[Mapping[str, str]]
-
-_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-
-class Turn(NamedTuple):
-    """One message; `is_answer` where the assistant speaks."""
-
-    is_answer: bool
-    text: str
-
-
-class Rendered(NamedTuple):
-    """A conversation as text.
-
-    Attributes:
-        text: the conversation, with `<image>` placeholders.
-        answers: [start, end) of what is supervised, in characters of `text`.
-        wants_bos: the tokenizer puts its start token in front; False where the template writes it.
-    """
-
-    text: str
-    answers: tuple[tuple[int, int], ...]
-    wants_bos: bool
 
 
 def encode(
@@ -50,6 +26,8 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     template: Template = "v1",
     image_token_id: int = IMAGE_TOKEN_ID,
+    *,
+    several_images: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a training sample, before image tokens are expanded.
 
@@ -58,10 +36,11 @@ def encode(
 
     Args:
         conversations: turns {"from": "human" | "gpt", "value": text}, ending with an answer.
-        tokenizer: a fast tokenizer.
-        template: "v1" (Vicuna, LLaVA's fine-tuning), "plain" (image and caption, LLaVA's pretraining), or "chat"
-            (the tokenizer's own chat template).
+        tokenizer: of any kind; one that gives no offsets tokenises every answer apart from what is around it.
+        template: "v1" (Vicuna, LLaVA's fine-tuning), "plain" (image and caption, LLaVA's pretraining), "llama_2",
+            "chatml", or "chat" (the tokenizer's own chat template).
         image_token_id: stands for each `<image>`.
+        several_images: all `<image>` of a turn are kept, at its head, as in `encode_prompt`; always so for "chat".
 
     Returns:
         ids and labels of equal length; labels are -100 except at answers and the token that ends them.
@@ -72,8 +51,7 @@ def encode(
     turns = _read_turns(conversations)
     if not turns[-1].is_answer:
         raise ValueError("the conversation ends with a human turn; remove it or add the answer to train on")
-    keep_all = template == "chat"
-    rendered = _renderer(template)(_images_first(turns, keep_all), tokenizer)
+    rendered = render(template, _images_first(turns, several_images or template == "chat"), tokenizer)
     input_ids, labels = _tokenize(rendered, tokenizer, image_token_id)
     if all(label == IGNORE_INDEX for label in labels):
         raise ValueError(
@@ -102,7 +80,7 @@ def encode_prompt(
     turns = _read_turns(conversations)
     if turns[-1].is_answer:
         raise ValueError("a prompt must end with a human turn, but got an answer as the last one")
-    rendered = _renderer(template)(_images_first(turns, keep_all=True), tokenizer)
+    rendered = render(template, _images_first(turns, keep_all=True), tokenizer)
     return _tokenize(rendered, tokenizer, image_token_id)[0]
 
 
@@ -151,92 +129,44 @@ def _images_first(turns: list[Turn], keep_all: bool) -> list[Turn]:
     return moved
 
 
-def _renderer(template: str) -> Callable[[list[Turn], PreTrainedTokenizerBase], Rendered]:
-    renderers = {"v1": _render_v1, "plain": _render_plain, "chat": _render_chat}
-    if template not in renderers:
-        raise ValueError(f"unknown conversation template {template!r}; choose one of: {', '.join(renderers)}")
-    return renderers[template]
-
-
-def _render_v1(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    end = tokenizer.eos_token
-    if end is None:
-        raise ValueError("template 'v1' ends answers with the tokenizer's eos_token, but this tokenizer has none")
-    text, answers = f"{_SYSTEM} ", []
-    for turn in turns:
-        if not turn.is_answer:
-            text += f"USER: {turn.text} ASSISTANT:"
-        elif turn.text:
-            start = len(text)
-            text += f" {turn.text}{end}"
-            answers.append((start, len(text)))
-    if turns[-1].is_answer and not turns[-1].text:
-        # LLaVA masks the whole sample then, earlier answers included, and trains on nothing.
-        raise ValueError("the last answer is empty, so nothing ends the conversation; give it text or drop the sample")
-    return Rendered(text, tuple(answers), wants_bos=True)
-
-
-def _render_plain(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    if len(turns) > 2 or IMAGE_TOKEN not in turns[0].text:
-        raise ValueError(
-            f"template 'plain' takes one question with {IMAGE_TOKEN} and one answer, but got {len(turns)} turns, the "
-            f"first {turns[0].text[:40]!r}; use 'v1' or 'chat' for conversations"
-        )
-    # The question's words are dropped: the model learns to caption.
-    images = IMAGE_TOKEN * turns[0].text.count(IMAGE_TOKEN)
-    if len(turns) == 1:
-        return Rendered(images, (), wants_bos=True)
-    text = f"{images}{turns[1].text}\n"
-    return Rendered(text, ((len(images), len(text)),), wants_bos=True)
-
-
-def _render_chat(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    if tokenizer.chat_template is None:
-        raise ValueError("template 'chat' needs a tokenizer with a chat_template, but this one has none; use 'v1'")
-    messages = [{"role": "assistant" if turn.is_answer else "user", "content": turn.text} for turn in turns]
-
-    def render(count: int, asking: bool) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asking)
-
-    text, answers = render(len(turns), not turns[-1].is_answer), []
-    for index, turn in enumerate(turns):
-        if not turn.is_answer:
-            continue
-        prompt, told = render(index, True), render(index + 1, False)
-        if not (text.startswith(told) and told.startswith(prompt)):
-            raise ValueError(
-                f"the tokenizer's chat template rewrites earlier turns when turn {index} is added, so training would "
-                f"see other prompts than generation; use template 'v1'"
-            )
-        # Templates put a line break behind the end token, which generation never reaches.
-        told = told.rstrip()
-        if told.endswith(turn.text.rstrip()) and turn.text.strip():
-            raise ValueError("the tokenizer's chat template writes no token that ends an answer; use template 'v1'")
-        if turn.text.strip():
-            answers.append((len(prompt), len(told)))
-    return Rendered(text, tuple(answers), wants_bos=False)
-
-
 def _tokenize(
     rendered: Rendered, tokenizer: PreTrainedTokenizerBase, image_token_id: int
 ) -> tuple[list[int], list[int]]:
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} gives no offsets; load a fast tokenizer (tokenizer.json)")
     input_ids = _start_ids(tokenizer) if rendered.wants_bos else []
     labels = [IGNORE_INDEX] * len(input_ids)
+    chunk_tokens = _by_offsets if tokenizer.is_fast else _by_segments
     position = 0
     for index, chunk in enumerate(rendered.text.split(IMAGE_TOKEN)):
         if index:
             input_ids.append(image_token_id)
             labels.append(IGNORE_INDEX)
             position += len(IMAGE_TOKEN)
-        tokens = tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for token_id, (start, _) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-            supervised = any(first <= position + start < end for first, end in rendered.answers)
+        answers = [(start - position, end - position) for start, end in rendered.answers]
+        for token_id, supervised in chunk_tokens(chunk, answers, tokenizer):
             input_ids.append(token_id)
             labels.append(token_id if supervised else IGNORE_INDEX)
         position += len(chunk)
     return input_ids, labels
+
+
+def _by_offsets(
+    chunk: str, answers: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, bool]]:
+    """Ids of the whole chunk; those that begin in an answer are supervised."""
+    tokens = tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for token_id, (start, _) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        yield token_id, any(first <= start < end for first, end in answers)
+
+
+def _by_segments(
+    chunk: str, answers: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, bool]]:
+    """Ids of the chunk cut at the borders of answers, for a tokenizer that does not tell where its tokens begin."""
+    inside = [answer for answer in answers if 0 <= answer[0] < len(chunk)]
+    borders = [0, *(border for answer in inside for border in answer), len(chunk)]
+    for number, (start, end) in enumerate(itertools.pairwise(borders)):
+        for token_id in tokenizer(chunk[start:end], add_special_tokens=False, verbose=False)["input_ids"]:
+            yield token_id, number % 2 == 1
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,5 +1,6 @@
 """Pictures as LLaVA-1.5 sees them: read, cut or padded to a square, normalised."""
 
+import struct
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -58,5 +59,6 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        # Pillow's plugins raise all of these for damaged files.
         raise ValueError(f"cannot read the picture {path}: {type(error).__name__}: {error}") from error

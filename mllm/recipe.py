@@ -29,7 +29,7 @@ class StageConfig:
     """LLaVA JSON; required unless the recipe makes its own Scenes."""
     image_folder: Path | None = None
     """Folder of this stage's pictures; the recipe's image_folder if None."""
-    template: Literal["v1", "plain", "chat"] | None = None
+    template: Literal["v1", "plain", "llama_2", "chatml", "chat"] | None = None
     """Conversation template of this stage; the recipe's template if None. "plain" drops the question."""
     image_aspect_ratio: Literal["square", "pad"] | None = None
     """How this stage's pictures become square; the recipe's image_aspect_ratio if None."""
@@ -67,6 +67,8 @@ class StageConfig:
     """Recompute activations in the backward pass to save memory."""
     group_by_modality_length: bool = False
     """Batches of one modality and of similar length, as LLaVA-1.5's fine-tuning has them."""
+    packing: bool = False
+    """Several dialogues in a row instead of padding, each seeing itself only; the losses stay the same."""
 
     def __post_init__(self) -> None:
         if not self.enabled:
@@ -116,7 +118,7 @@ class LlavaConfig:
     """Folder that picture names in the data are relative to."""
     scenes: int = 0
     """Pictures of the built-in Scenes data to make below the output where a stage names no data; 0 makes none."""
-    template: Literal["v1", "chat"] = "v1"
+    template: Literal["v1", "llama_2", "chatml", "chat"] = "v1"
     """Conversation template that the finished model talks in."""
     select_layer: int = -2
     """Hidden layer of the tower that the language model sees."""
@@ -126,6 +128,9 @@ class LlavaConfig:
     """How pictures become square: cropped in the middle, or padded with the mean colour."""
     max_length: int = 2048
     """Longest sequence in tokens, image tokens included; text beyond it is cut."""
+    bad_samples: Literal["error", "skip"] = "error"
+    """A picture that is missing or corrupt, or a dialogue of which max_length leaves no answer or cuts a picture:
+    "error" stops the run, "skip" leaves the dialogue out and counts it."""
     pretrain: StageConfig = field(default_factory=_pretrain)
     """Stage 1: the projector learns to speak the language model's tongue."""
     finetune: StageConfig = field(default_factory=_finetune)

@@ -27,7 +27,7 @@ class DialogueBatchSampler(Sampler[list[int]]):
         rank: number of this process.
         world_size: number of processes.
         accumulation: forwards per step.
-        lengths: one number per sample, positive with a picture, negative without, its size the length of the text.
+        lengths: one number per sample, positive with a picture, negative without, its size the sample's length.
             Given, a global batch holds one modality, and its forwards dialogues of similar length (LLaVA-1.5's
             `group_by_modality_length`); what is left of both at an epoch's end is mixed.
 
@@ -45,7 +45,7 @@ class DialogueBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | Indices | None = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError("the data set is empty")

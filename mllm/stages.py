@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+from transformers.utils.generic import is_flash_attention_requested
 
-from mllm.collate import LlavaCollator
+from mllm.collate import LlavaCollator, PackedCollator
 from mllm.data import LlavaDataset
 from mllm.deepspeed_setup import deepspeed_config
 from mllm.images import set_aspect_ratio
@@ -23,6 +25,7 @@ from mllm.parts import set_trainable
 from mllm.recipe import LlavaConfig, StageConfig
 from mllm.sampler import DialogueBatchSampler
 from mllm.trainer import CheckpointMarker, LlavaTrainer, last_complete_checkpoint
+from mllm.training_batch import TrainingCollator
 from vision_moe.checkpoint import write_folder
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.files import write_json
@@ -55,7 +58,7 @@ class StageRunner:
             self._clean(folder)
             return
         set_seed(self.config.seed)
-        dataset = self._dataset(stage, start)
+        dataset = self._dataset(stage, start, folder / "data_index.safetensors")
         samples = stage.samples if stage.samples is not None else math.ceil(stage.epochs * len(dataset))
         num_steps = math.ceil(samples / stage.global_batch_size)
         # Before the model: under ZeRO-3 these arguments make from_pretrained split every weight over the ranks.
@@ -86,7 +89,7 @@ class StageRunner:
         del trainer, model
         gc.collect()
 
-    def _dataset(self, stage: StageConfig, start: Path) -> LlavaDataset:
+    def _dataset(self, stage: StageConfig, start: Path, index_cache: Path) -> LlavaDataset:
         config = json.loads((start / "config.json").read_text(encoding="utf-8"))
         assert stage.data is not None, "mllm.train fills in the data of every stage"
         image_processor = self.processor.image_processor
@@ -99,7 +102,17 @@ class StageRunner:
             stage.template or self.config.template,
             num_image_tokens=config["image_seq_length"],
             max_length=self.config.max_length,
+            bad_samples=self.config.bad_samples,
+            index_cache=index_cache,
         )
+
+    def _collator(self, stage: StageConfig) -> TrainingCollator:
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        if not stage.packing:
+            return TrainingCollator(LlavaCollator(pad_token_id), pad_token_id)
+        # The variable-length kernel is taken for one row only, and other kernels' cost grows with its length squared.
+        one_row = is_flash_attention_requested(requested_attention_implementation=self.config.attn_implementation)
+        return TrainingCollator(PackedCollator(pad_token_id, None if one_row else self.config.max_length), pad_token_id)
 
     def _trainer(
         self,
@@ -112,10 +125,7 @@ class StageRunner:
     ) -> LlavaTrainer:
         lengths = None
         if stage.group_by_modality_length:
-            lengths = [
-                length if has_image else -length
-                for length, has_image in zip(dataset.lengths, dataset.has_image, strict=True)
-            ]
+            lengths = np.where(dataset.has_image, dataset.lengths, -dataset.lengths)
         sampler = DialogueBatchSampler(
             len(dataset),
             stage.global_batch_size,
@@ -130,7 +140,7 @@ class StageRunner:
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=LlavaCollator(self.processor.tokenizer.pad_token_id),
+            data_collator=self._collator(stage),
             batch_sampler=sampler,
             learning_rates={"projector": stage.projector_lr, "llm": stage.llm_lr, "tower": stage.tower_lr},
             callbacks=[MetricsCallback(self.config.output, name), CheckpointMarker()],

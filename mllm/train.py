@@ -52,7 +52,7 @@ def run(config: LlavaConfig) -> Path:
     if config.deepspeed != "none":
         init_deepspeed()
     claim_folder(config, config.output)
-    config = _with_data(config)
+    config = with_data(config)
     stages = enabled_stages(config)
     folders = [config.output / name / "model" for name, _ in stages[:-1]] + [config.output / "model"]
     start = config.output / "start"
@@ -84,8 +84,13 @@ def _build_start(config: LlavaConfig, start: Path) -> None:
     barrier()
 
 
-def _with_data(config: LlavaConfig) -> LlavaConfig:
-    """Fills in Scenes where a stage names no data, and checks that what is named exists."""
+def with_data(config: LlavaConfig) -> LlavaConfig:
+    """The recipe with Scenes, made below its output, where a stage names no data.
+
+    Raises:
+        ValueError: a stage names no data, and the recipe makes none.
+        FileNotFoundError: what a stage names is not there.
+    """
     scenes = config.output / "scenes"
     wants_scenes = [name for name, stage in enabled_stages(config) if stage.data is None]
     if wants_scenes and not config.scenes:

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mllm.parts import named_parts
+from mllm.training_batch import BatchTally
 from vision_moe.distributed import barrier, is_main
 from vision_moe.files import write_json
 from vision_moe.sampled_trainer import SampledTrainer
@@ -38,6 +39,7 @@ class LlavaTrainer(SampledTrainer):
         super().__init__(*args, batch_sampler=batch_sampler, **kwargs)
         self.learning_rates = learning_rates
         self._aux_losses: list[Tensor] = []
+        self._tally = BatchTally(self.args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """AdamW over the parameters that train, in groups of one part each, with and without weight decay."""
@@ -54,7 +56,11 @@ class LlavaTrainer(SampledTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss; what an unfrozen MoE tower adds to it is logged apart."""
+        """The model's loss; what an unfrozen MoE tower adds to it, and what the batch holds, is logged apart."""
+        self._tally.add(inputs.pop("counts"))
+        if isinstance(num_items_in_batch, Tensor):
+            # A step whose samples were all skipped has a loss of 0, not of 0 / 0.
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         aux_loss = getattr(outputs, "aux_loss", None)
         if aux_loss is not None:
@@ -62,7 +68,9 @@ class LlavaTrainer(SampledTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean aux loss since the last log."""
+        """Adds the mean aux loss since the last log, and what `BatchTally.entry` tells."""
+        if "loss" in logs:
+            logs.update(self._tally.entry())
         if "loss" in logs and self._aux_losses:
             logs["aux_loss"] = float(sum(self._aux_losses) / len(self._aux_losses))
             self._aux_losses = []

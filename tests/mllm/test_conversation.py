@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+import mllm.templates
 from mllm.conversation import encode, encode_prompt, stop_token_ids
 
 SYSTEM = (
@@ -84,6 +85,24 @@ def test_random_conversations_agree_with_llavas_counting(golden_tokenizer: Llama
             assert encode(turns(*texts), golden_tokenizer) == (ids, labels), texts
             compared += 1
     assert compared > 100
+
+
+def test_llama_2_conversations_agree_with_llavas_counting(golden_tokenizer: LlamaTokenizer) -> None:
+    """LLaVA's preprocess_llama_2 counts tokens as for v1; where its count works out, its labels are ours."""
+    rng = random.Random(1)
+    words = ["dog", "No", "é", "日本", "1.", "(x)", "\n", "$5", "a's", "."]
+    compared = 0
+    for _ in range(60):
+        texts = [" ".join(rng.choice(words) for _ in range(rng.randint(1, 6))).strip() or "x" for _ in range(2 * 3)]
+        if rng.random() < 0.6:
+            texts[0] = f"<image>\n{texts[0]}"
+        actual_ids, actual = encode(turns(*texts), golden_tokenizer, "llama_2")
+        ids, labels = _llama_2_by_counting(texts, golden_tokenizer)
+        assert actual_ids == ids
+        if any(label != -100 for label in labels):
+            assert actual == labels, texts
+            compared += 1
+    assert compared > 40
 
 
 def test_v1_supervises_answers_and_their_end_only(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -210,13 +229,7 @@ def _by_counting(texts: list[str], tokenizer: LlamaTokenizer, has_image: bool) -
     """LLaVA-1.5's way with template v1: tokenise rounds again and subtract what a tokenizer adds to them."""
 
     def ids_of(text: str) -> list[int]:
-        chunks = [tokenizer(chunk)["input_ids"] for chunk in text.split("<image>")] if has_image else None
-        if chunks is None:
-            return list(tokenizer(text)["input_ids"])
-        ids = chunks[0]
-        for chunk in chunks[1:]:
-            ids = [*ids, -200, *chunk[1:]]
-        return ids
+        return _image_ids(text, tokenizer) if has_image else list(tokenizer(text)["input_ids"])
 
     prompt = f"{SYSTEM} "
     for index, text in enumerate(texts):
@@ -236,3 +249,33 @@ def _by_counting(texts: list[str], tokenizer: LlamaTokenizer, has_image: bool) -
         labels += [-100] * asked + ids[position + asked : position + length]
         position += length
     return ids, labels if position == len(ids) else [-100] * len(ids)
+
+
+def _llama_2_by_counting(texts: list[str], tokenizer: LlamaTokenizer) -> tuple[list[int], list[int]]:
+    system = mllm.templates._LLAMA_2_SYSTEM
+    prompt = ""
+    for index, text in enumerate(texts):
+        if index % 2:
+            prompt += f" {text} </s>"
+        else:
+            asked = text if index else f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
+            prompt += f"{'<s>' if index else ''}[INST] {asked} [/INST]"
+    ids = _image_ids(prompt, tokenizer)
+    labels, position = [-100], 1
+    for one_round in prompt.split("</s>")[:-1]:
+        asked, told = one_round.split("[/INST] ")
+        assert told
+        length = len(_image_ids(one_round, tokenizer))
+        num_asked = len(_image_ids(asked + "[/INST] ", tokenizer)) - 2
+        labels += [-100] * num_asked + ids[position + num_asked : position + length]
+        position += length
+    return ids, labels if position == len(ids) else [-100] * len(ids)
+
+
+def _image_ids(text: str, tokenizer: LlamaTokenizer) -> list[int]:
+    """LLaVA's tokenizer_image_token: chunks on their own, one start token."""
+    chunks = [tokenizer(chunk)["input_ids"] for chunk in text.split("<image>")]
+    ids = chunks[0]
+    for chunk in chunks[1:]:
+        ids = [*ids, -200, *chunk[1:]]
+    return ids

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mllm.collate import LlavaCollator
-from mllm.data import LlavaDataset
+from mllm.data import LlavaDataset, SkippedSample, UnusableSampleError
 from mllm.images import build_image_processor, pixels, set_aspect_ratio
 
 Writer = Callable[..., tuple[Path, Path]]
@@ -63,10 +63,23 @@ def test_json_lines_hold_the_same_samples_as_a_list(open_data: Any) -> None:
     assert open_data(SAMPLE, odd, name="data.jsonl")[1] == open_data(SAMPLE, odd)[1]
 
 
+@pytest.mark.parametrize("template", ["v1", "llama_2", "chatml", "chat"])
+def test_several_pictures_come_in_the_order_of_their_turns(open_data: Any, tmp_path: Path, template: str) -> None:
+    turns = [{"from": "human", "value": "Is <image>\nlike <image>?"}, TURNS[1], *TURNS]
+    data = open_data({"images": ["a.png", "b.png", "a.png"], "conversations": turns}, template=template)
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "images" / "b.png")
+    item = data[0]
+    assert item["input_ids"].count(data.image_token_id) == 3 * 16
+    first, second, third = item["pixel_values"]
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
+
+
 def test_lengths_and_modality_are_known_without_reading_a_picture(open_data: Any) -> None:
     data = open_data({**SAMPLE, "image": "absent.png"}, TEXT_SAMPLE)
-    assert data.lengths == [6, 9]
-    assert data.has_image == [True, False]
+    # Words of both turns, and the 16 tokens of a picture.
+    assert data.lengths.tolist() == [6 + 16, 9]
+    assert data.has_image.tolist() == [True, False]
 
 
 def test_long_text_is_cut_at_its_end(open_data: Any) -> None:
@@ -83,6 +96,8 @@ def test_long_text_is_cut_at_its_end(open_data: Any) -> None:
         ({"image": "b.png"}, {}, r"cannot read the picture .*b\.png: FileNotFoundError"),
         ({"image": "torn.png"}, {}, r"cannot read the picture .*torn\.png"),
         ({"image": ["a.png", "a.png"]}, {}, r"2 picture\(s\) but 1 <image> placeholder"),
+        ({"image": None, "images": ["a.png"] * 3}, {}, r"3 picture\(s\) but 1 <image> placeholder"),
+        ({"conversations": [*TURNS, *TURNS]}, {}, r"1 picture\(s\) but 2 <image> placeholder"),
         ({"conversations": TEXT_TURNS}, {}, r"1 picture\(s\) but 0 <image> placeholder"),
         ({"image": None}, {}, r"0 picture\(s\) but 1 <image> placeholder"),
         ({}, {"max_length": 50}, "may not be cut"),
@@ -108,6 +123,44 @@ def test_a_sample_whose_answer_is_cut_away_is_an_error(open_data: Any) -> None:
     supervised = sum(label != -100 for label in open_data(TEXT_SAMPLE)[0]["labels"])
     with pytest.raises(ValueError, match="no answer begins within max_length"):
         open_data(TEXT_SAMPLE, max_length=length - supervised)[0]
+
+
+@pytest.mark.parametrize("template", ["v1", "llama_2", "chatml", "chat"])
+@pytest.mark.parametrize("num_turns", [2, 6])
+def test_no_length_cuts_the_tokens_of_a_picture(open_data: Any, template: str, num_turns: int) -> None:
+    """At every max_length a sample has all tokens of all its pictures, or is an error."""
+    turns = (TURNS * 3)[:num_turns]
+    sample = {"images": ["a.png"] * (num_turns // 2), "conversations": turns}
+    whole = open_data(sample, template=template).encoded(0)
+    usable = 0
+    for max_length in range(17, len(whole.input_ids) + 2):
+        data = open_data(sample, template=template, max_length=max_length)
+        try:
+            encoded = data.encoded(0)
+        except UnusableSampleError:
+            continue
+        usable += 1
+        assert encoded.input_ids == whole.input_ids[:max_length]
+        assert encoded.labels == whole.labels[:max_length]
+        assert encoded.input_ids.count(data.image_token_id) == 16 * len(encoded.pictures)
+        assert encoded.num_cut == max(0, len(whole.input_ids) - max_length)
+    assert usable >= 3
+
+
+@pytest.mark.parametrize("changes", [{"image": "b.png"}, {"image": "torn.png"}])
+def test_a_sample_without_its_picture_is_skipped_by_choice(
+    open_data: Any, tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = open_data(SAMPLE, {**SAMPLE, **changes}, bad_samples="skip")
+    (tmp_path / "images" / "torn.png").write_bytes((tmp_path / "images" / "a.png").read_bytes()[:200])
+    assert "pixel_values" in data[0]
+    assert isinstance(data[1], SkippedSample)
+    assert "skipped sample 'one' (number 1): cannot read the picture" in caplog.text
+
+
+def test_a_malformed_sample_is_never_skipped(open_data: Any) -> None:
+    with pytest.raises(ValueError, match="but 0 <image> placeholder"):
+        open_data({**SAMPLE, "conversations": TEXT_TURNS}, bad_samples="skip")[0]
 
 
 @pytest.mark.parametrize("content", [{}, [], [{"id": "x"}]])
