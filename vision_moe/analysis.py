@@ -1,4 +1,4 @@
-"""Expert utilization of a CLIP-MoE over image-caption pairs (CLIP-MoE, Zhang et al. 2024, appendix A.3).
+"""Expert utilization of a mixture over image-caption pairs (CLIP-MoE, Zhang et al. 2024, appendix A.3).
 
     python -m vision_moe.analysis --model DIR --data SHARDS --split test --output DIR
 
@@ -24,6 +24,7 @@ from vision_moe.config import parse
 from vision_moe.data.captions import open_captions
 from vision_moe.data.collate import CaptionCollator
 from vision_moe.files import write_json
+from vision_moe.model.families import max_text_tokens, text_padding, tower_family
 from vision_moe.plots import plot_utilization
 from vision_moe.tracking import setup_logging
 
@@ -101,8 +102,8 @@ def utilization(
     """Counts which experts the tokens of a data set go to, layer by layer and tower by tower.
 
     Args:
-        model: a CLIPMoEModel, on any device; left in the mode (train or eval) it came in.
-        processor: its CLIPProcessor.
+        model: a CLIPMoEModel or one of another family, on any device; left in the mode (train or eval) it came in.
+        processor: its processor.
         dataset: pairs as `vision_moe.data.captions` gives them; the caption of epoch 0 is read.
         batch_size: pairs a forward pass.
         limit: measure the first so many pairs only; None = all.
@@ -126,7 +127,7 @@ def utilization(
         Subset(dataset, range(num_samples)),
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=CaptionCollator(processor, model.config.text_config.max_position_embeddings),
+        collate_fn=CaptionCollator(processor, max_text_tokens(model.config.text_config), text_padding(model.config)),
     )
     was_training = model.training
     model.eval()
@@ -171,19 +172,23 @@ def _chosen_by_logits(tower: Any) -> bool:
 
 
 def _count_batch(model: Any, batch: dict[str, Any], counts: dict[str, RoutingCounts]) -> None:
-    mask_BS = batch["attention_mask"].to(model.device)
-    output = model(
-        input_ids=batch["input_ids"].to(model.device),
-        pixel_values=batch["pixel_values"].to(model.device, model.dtype),
-        attention_mask=mask_BS,
-        output_router_logits=True,
-    )
+    inputs = {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in batch.items()
+        if name != "index"
+    }
+    output = model(**inputs, output_router_logits=True)
     # The vision tower's layers come first.
     num_vision = len(counts["vision"].layers) if "vision" in counts else 0
     if "vision" in counts:
-        counts["vision"].add(output.router_logits[:num_vision])
+        counts["vision"].add(output.router_logits[:num_vision], _token_mask(model.config.vision_config, inputs))
     if "text" in counts:
-        counts["text"].add(output.router_logits[num_vision:], mask_BS)
+        counts["text"].add(output.router_logits[num_vision:], _token_mask(model.config.text_config, inputs))
+
+
+def _token_mask(tower: Any, inputs: dict[str, Tensor]) -> Tensor | None:
+    """The batch's padding mask of a tower, if padding takes no part in it."""
+    return inputs.get(tower_family(tower).mask or "")
 
 
 @dataclass(frozen=True, kw_only=True)

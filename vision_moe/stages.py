@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPProcessor, PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vision_moe.checkpoint import last_checkpoint, write_folder
 from vision_moe.data.captions import CaptionDataset
@@ -20,7 +20,7 @@ from vision_moe.data.sampler import ClusterBatchSampler, EpochBatchSampler
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.files import write_json
 from vision_moe.freeze import set_trainable
-from vision_moe.model import CLIPMoEModel
+from vision_moe.model.families import ENCODER_BY_TYPE, text_padding
 from vision_moe.muon import MuonAdamW
 from vision_moe.recipe import MoEConfig, StageConfig, TrainConfig
 from vision_moe.router_bias import RouterBiasCallback
@@ -42,7 +42,7 @@ class Stage:
     config: StageConfig
     """Optimisation."""
     trainable: str
-    """Part that trains, see vision_moe.freeze: "all", "text", "ffn" or "router"."""
+    """Part that trains, see vision_moe.freeze: "all", "text", "projections", "ffn" or "router"."""
     samples: int
     """Pairs seen."""
     labels_N: Tensor | None = None
@@ -54,7 +54,7 @@ class Stage:
 class StageRunner:
     """Holds what all stages of a run share: recipe, data, processor, folder."""
 
-    def __init__(self, config: TrainConfig, dataset: CaptionDataset, processor: CLIPProcessor) -> None:
+    def __init__(self, config: TrainConfig, dataset: CaptionDataset, processor: ProcessorMixin) -> None:
         self.config = config
         self.dataset = dataset
         self.processor = processor
@@ -85,8 +85,9 @@ class StageRunner:
         model.set_attn_implementation(self.config.attn_implementation)
         self._set_logit_scale(model, stage)
         trained = set_trainable(model, stage.trainable)
-        if stage.trainable in ("all", "text") and not self._trains_logit_scale(stage):
-            model.logit_scale.requires_grad_(False)
+        if stage.trainable in ("all", "text", "projections"):
+            for parameter in _temperature(model):
+                parameter.requires_grad_(self._trains_logit_scale(stage))
         num_steps = max(1, math.ceil(stage.samples / self.config.global_batch_size))
         sampler = self._sampler(stage, num_steps)
         logger.info("stage %s: %s; trains %s", stage.name, _plan(stage, sampler, num_steps), trained)
@@ -94,7 +95,7 @@ class StageRunner:
             model=model,
             args=training_arguments(self.config, stage.config, folder, num_steps),
             train_dataset=self.dataset,
-            data_collator=CaptionCollator(self.processor),
+            data_collator=CaptionCollator(self.processor, padding=text_padding(model.config)),
             batch_sampler=sampler,
             label_smoothing=stage.config.label_smoothing,
             groups_N=stage.labels_N if isinstance(sampler, ClusterBatchSampler) else None,
@@ -170,12 +171,16 @@ class StageRunner:
         return stage.name in _START_STAGES or self.config.train_logit_scale
 
     def _set_logit_scale(self, model: PreTrainedModel, stage: Stage) -> None:
+        family = ENCODER_BY_TYPE.get(model.config.model_type)
+        if family is not None and family.loss == "sigmoid":
+            # A scale means nothing there without the bias that was trained with it.
+            return
         if self.config.logit_scale is not None and stage.name not in _START_STAGES:
             with torch.no_grad():
                 model.logit_scale.fill_(self.config.logit_scale)
 
 
-def with_router_losses(model: CLIPMoEModel, moe: MoEConfig) -> CLIPMoEModel:
+def with_router_losses(model: PreTrainedModel, moe: MoEConfig) -> PreTrainedModel:
     """Writes the recipe's router losses into the configuration of both towers, and returns the model."""
     for tower in (model.config.vision_config, model.config.text_config):
         tower.router_aux_loss_coef = moe.router_aux_loss_coef
@@ -187,6 +192,11 @@ def with_router_losses(model: CLIPMoEModel, moe: MoEConfig) -> CLIPMoEModel:
 def finished_stages(output: Path) -> dict[str, dict[str, object]]:
     """Markers of all finished stages of a run, by name."""
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(output.glob("*/stage.json"))}
+
+
+def _temperature(model: PreTrainedModel) -> list[Tensor]:
+    """Scale of the logits and, with the sigmoid loss, their bias."""
+    return [parameter for name, parameter in model.named_parameters() if name in ("logit_scale", "logit_bias")]
 
 
 def _muon(model: PreTrainedModel, config: StageConfig) -> MuonAdamW:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
-from vision_moe.contrastive import contrastive_loss
+from vision_moe.contrastive import contrastive_loss, sigmoid_loss
 from vision_moe.distributed import world_size
+from vision_moe.model.families import ENCODER_BY_TYPE
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.sampled_trainer import SampledTrainer
 
@@ -20,12 +21,17 @@ logger = logging.getLogger(__name__)
 
 
 class ContrastiveTrainer(SampledTrainer):
-    """Trainer whose batches come from a batch sampler of (index, epoch) keys, and whose loss is InfoNCE + aux_loss.
+    """Trainer whose batches come from a batch sampler of (index, epoch) keys, and whose loss is contrastive + aux_loss.
+
+    The contrastive loss is the model's family's: InfoNCE, or SigLIP's with its `logit_bias`.
 
     Args:
         batch_sampler: yields this rank's keys of each global batch.
-        label_smoothing: of both cross-entropies.
+        label_smoothing: of InfoNCE's cross-entropies.
         groups_N: int64[N], label of every sample; pairs of different label are no negatives. None: all are.
+
+    Raises:
+        ValueError: label smoothing with the sigmoid loss.
     """
 
     def __init__(
@@ -37,6 +43,10 @@ class ContrastiveTrainer(SampledTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, batch_sampler=batch_sampler, **kwargs)
+        family = ENCODER_BY_TYPE.get(self.model.config.model_type)
+        self.pairwise = family is not None and family.loss == "sigmoid"
+        if self.pairwise and label_smoothing:
+            raise ValueError(f"label_smoothing is InfoNCE's; set it to 0 for a {self.model.config.model_type}")
         self.label_smoothing = label_smoothing
         self.groups_N = groups_N
         self._terms: dict[str, list[Tensor]] = {}
@@ -56,20 +66,21 @@ class ContrastiveTrainer(SampledTrainer):
         groups_B = None
         if self.groups_N is not None:
             groups_B = self.groups_N[index_B.cpu()].to(outputs.image_embeds.device)
-        logit_scale = self.accelerator.unwrap_model(model).logit_scale.exp()
-        contrastive = contrastive_loss(
-            outputs.image_embeds,
-            outputs.text_embeds,
-            logit_scale,
-            groups_B=groups_B,
-            label_smoothing=self.label_smoothing,
-        )
+        contrastive = self._contrastive_loss(self.accelerator.unwrap_model(model), outputs, groups_B)
         aux = getattr(outputs, "aux_loss", None)
         self._record("contrastive_loss", contrastive)
         if aux is not None:
             self._record("aux_loss", aux)
         loss = contrastive if aux is None else contrastive + aux
         return (loss, outputs) if return_outputs else loss
+
+    def _contrastive_loss(self, model: nn.Module, outputs: Any, groups_B: Tensor | None) -> Tensor:
+        embeds = outputs.image_embeds, outputs.text_embeds
+        if self.pairwise:
+            return sigmoid_loss(*embeds, model.logit_scale.exp(), model.logit_bias, groups_B=groups_B)
+        return contrastive_loss(
+            *embeds, model.logit_scale.exp(), groups_B=groups_B, label_smoothing=self.label_smoothing
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss terms since the last log."""

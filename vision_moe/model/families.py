@@ -19,6 +19,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class TowerFamily:
     """One kind of tower; paths are those of submodules, with dots."""
 
+    modality: Literal["vision", "text"]
+    """What it encodes."""
     dense: str
     """model_type of transformers' tower."""
     moe: str
@@ -86,16 +88,30 @@ _PROJECTIONS = ("visual_projection", "text_projection")
 
 TOWER_FAMILIES = (
     TowerFamily(
+        modality="vision",
         dense="clip_vision_model",
         moe="clip_moe_vision_model",
         blocks="encoder.layers",
         moe_only={"pre_layernorm": True},
     ),
-    TowerFamily(dense="clip_text_model", moe="clip_moe_text_model", blocks="encoder.layers", mask="attention_mask"),
-    TowerFamily(dense="siglip_vision_model", moe="siglip_moe_vision_model", blocks="encoder.layers", class_token=False),
-    # SigLIP's captions are padded to the full length, and the last token, padding or not, stands for them.
-    TowerFamily(dense="siglip_text_model", moe="siglip_moe_text_model", blocks="encoder.layers"),
     TowerFamily(
+        modality="text",
+        dense="clip_text_model",
+        moe="clip_moe_text_model",
+        blocks="encoder.layers",
+        mask="attention_mask",
+    ),
+    TowerFamily(
+        modality="vision",
+        dense="siglip_vision_model",
+        moe="siglip_moe_vision_model",
+        blocks="encoder.layers",
+        class_token=False,
+    ),
+    # SigLIP's captions are padded to the full length, and the last token, padding or not, stands for them.
+    TowerFamily(modality="text", dense="siglip_text_model", moe="siglip_moe_text_model", blocks="encoder.layers"),
+    TowerFamily(
+        modality="vision",
         dense="siglip2_vision_model",
         moe="siglip2_moe_vision_model",
         blocks="encoder.layers",
@@ -103,9 +119,10 @@ TOWER_FAMILIES = (
         class_token=False,
         fixed_resolution=False,
     ),
-    TowerFamily(dense="siglip2_text_model", moe="siglip2_moe_text_model", blocks="encoder.layers"),
-    TowerFamily(dense="vit", moe="vit_moe", blocks="layers"),
+    TowerFamily(modality="text", dense="siglip2_text_model", moe="siglip2_moe_text_model", blocks="encoder.layers"),
+    TowerFamily(modality="vision", dense="vit", moe="vit_moe", blocks="layers"),
     TowerFamily(
+        modality="vision",
         dense="dinov2",
         moe="dinov2_moe",
         blocks="encoder.layer",
@@ -113,9 +130,9 @@ TOWER_FAMILIES = (
         depth_fields=("stage_names", "out_features", "out_indices"),
         unused=("embeddings.mask_token",),
     ),
-    TowerFamily(dense="bert", moe="bert_moe", **_BERT),
-    TowerFamily(dense="roberta", moe="roberta_moe", positions_after_padding=True, **_BERT),
-    TowerFamily(dense="xlm-roberta", moe="xlm_roberta_moe", positions_after_padding=True, **_BERT),
+    TowerFamily(modality="text", dense="bert", moe="bert_moe", **_BERT),
+    TowerFamily(modality="text", dense="roberta", moe="roberta_moe", positions_after_padding=True, **_BERT),
+    TowerFamily(modality="text", dense="xlm-roberta", moe="xlm_roberta_moe", positions_after_padding=True, **_BERT),
 )
 
 ENCODER_FAMILIES = (
@@ -185,8 +202,15 @@ def _row(table: Mapping[str, Family], model_type: str, noun: str) -> Family:
 
 def max_text_tokens(config: Any) -> int:
     """Longest caption, in tokens, that a text tower's positions allow."""
-    before = config.pad_token_id + 1 if tower_family(config).positions_after_padding else 0
+    family = TOWER_BY_TYPE.get(config.model_type)
+    before = config.pad_token_id + 1 if family is not None and family.positions_after_padding else 0
     return int(config.max_position_embeddings) - before
+
+
+def text_padding(config: Any) -> Literal["longest", "max_length"]:
+    """How a dual encoder's captions are padded, see `EncoderFamily`; "longest" for a model outside the table."""
+    family = ENCODER_BY_TYPE.get(config.model_type)
+    return "longest" if family is None else family.text_padding
 
 
 class BlockTensor(NamedTuple):

@@ -66,3 +66,5 @@ class VisionTextDualEncoderMoEModel(MoEDualEncoder, _DualEncoder):
     """Both towers, projections and `logit_scale`."""
 
     config: VisionTextDualEncoderMoEConfig
+    # The towers do; transformers' own class does not say so.
+    supports_gradient_checkpointing = True
