@@ -34,11 +34,16 @@ def load_tower(vision: str | Path | PreTrainedModel, select_layer: int, dtype: t
 
 def _cut_config(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
     """The config of a tower's first blocks."""
-    skipped = {"num_hidden_layers", *tower_family(config).depth_fields}
+    skipped = {"model_type", "num_hidden_layers", *tower_family(config).depth_fields}
     fields: dict[str, Any] = {name: value for name, value in config.to_dict().items() if name not in skipped}
     if fields.get("moe_layers") is not None:
         fields["moe_layers"] = [layer for layer in fields["moe_layers"] if layer < depth]
-    return type(config)(**fields, num_hidden_layers=depth)
+    return type(config)(
+        **fields,
+        num_hidden_layers=depth,
+        attn_implementation=config._attn_implementation,
+        experts_implementation=config._experts_implementation,
+    )
 
 
 def _check_usable(config: PreTrainedConfig) -> None:
