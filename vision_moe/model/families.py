@@ -7,7 +7,7 @@ one.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -76,14 +76,17 @@ class EncoderFamily:
     """The text tower's positions can be stretched as Long-CLIP does (vision_moe.positions)."""
 
 
-_BERT = {
-    "blocks": "encoder.layer",
-    "mlp": "intermediate",
-    "fc1": "intermediate.dense",
-    "fc2": "output.dense",
-    "mask": "attention_mask",
-    "required": {"is_decoder": False, "add_cross_attention": False, "chunk_size_feed_forward": 0},
-}
+_BERT = TowerFamily(
+    modality="text",
+    dense="bert",
+    moe="bert_moe",
+    blocks="encoder.layer",
+    mlp="intermediate",
+    fc1="intermediate.dense",
+    fc2="output.dense",
+    mask="attention_mask",
+    required={"is_decoder": False, "add_cross_attention": False, "chunk_size_feed_forward": 0},
+)
 _PROJECTIONS = ("visual_projection", "text_projection")
 
 TOWER_FAMILIES = (
@@ -130,9 +133,9 @@ TOWER_FAMILIES = (
         depth_fields=("stage_names", "out_features", "out_indices"),
         unused=("embeddings.mask_token",),
     ),
-    TowerFamily(modality="text", dense="bert", moe="bert_moe", **_BERT),
-    TowerFamily(modality="text", dense="roberta", moe="roberta_moe", positions_after_padding=True, **_BERT),
-    TowerFamily(modality="text", dense="xlm-roberta", moe="xlm_roberta_moe", positions_after_padding=True, **_BERT),
+    _BERT,
+    replace(_BERT, dense="roberta", moe="roberta_moe", positions_after_padding=True),
+    replace(_BERT, dense="xlm-roberta", moe="xlm_roberta_moe", positions_after_padding=True),
 )
 
 ENCODER_FAMILIES = (
