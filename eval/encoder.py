@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel
 
 import vision_moe.model  # noqa: F401  registers the model types
 from vision_moe.assets import resolve_model
+from vision_moe.processor import load_processor
 
 logger = logging.getLogger(__name__)
 
 
 def load_encoder(name: str, device: str | None = None) -> tuple[Any, Any]:
-    """Loads a CLIPModel or CLIPMoEModel and its processor.
+    """Loads a dual encoder, dense or a mixture, and its processor.
 
     Args:
         name: a folder written by save_pretrained, a packaged model ("scenes-clip") or a hub id.
@@ -28,10 +29,11 @@ def load_encoder(name: str, device: str | None = None) -> tuple[Any, Any]:
     model = AutoModel.from_pretrained(folder)
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ValueError(
-            f"{name} holds a {type(model).__name__}; this benchmark needs a dual encoder: a CLIPModel or a CLIPMoEModel"
+            f"{name} holds a {type(model).__name__}; this benchmark needs a dual encoder: a CLIPModel, a "
+            f"CLIPMoEModel or one of another family (docs/families.md)"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+    return model.to(device).eval(), load_processor(folder)
 
 
 def weights_sha256(name: str) -> str | None:

@@ -29,6 +29,7 @@ from mllm.images import AspectRatio, build_image_processor
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.tower import load_tower
 from vision_moe.checkpoint import write_folder
+from vision_moe.model.families import tower_family
 
 Source: TypeAlias = str | Path | PreTrainedModel
 # Matrix products want aligned sizes, so a vocabulary that must grow anyway grows to a multiple of this.
@@ -50,7 +51,8 @@ def build_llava(
     """Joins the parts; patch features without the class token, as LLaVA-1.5.
 
     Args:
-        vision: CLIP or CLIP-MoE, whole or image half: a folder, a hub name or a model.
+        vision: dual encoder or image tower of vision_moe.model.families, dense or a mixture: a folder, a hub name or a
+            model.
         language_model: causal language model: a folder, a hub name or a model, which becomes part of the result.
         tokenizer: of the language model, which is left as it is; None = the one in its folder.
         template: that the model is trained and asked with; kept as `config.conversation_template`.
@@ -80,7 +82,7 @@ def build_llava(
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
         projector_hidden_act=activation,
         vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=_select_strategy(tower.config),
     )
     config.conversation_template = template
     config.image_aspect_ratio = image_aspect_ratio
@@ -217,7 +219,12 @@ def _processor(
         image_processor=build_image_processor(vision_config, image_aspect_ratio, source),
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=_select_strategy(vision_config),
         chat_template=tokenizer.chat_template,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(tower_family(vision_config).class_token),
     )
+
+
+def _select_strategy(vision_config: PreTrainedConfig) -> str:
+    """LLaVA's word for the patches alone: "default" drops the class token, "full" drops nothing."""
+    return "default" if tower_family(vision_config).class_token else "full"

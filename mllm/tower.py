@@ -1,12 +1,13 @@
-"""The vision tower of a LLaVA, taken from a CLIP or CLIP-MoE and cut at the layer where it is read."""
+"""The vision tower of a LLaVA, of any family of vision_moe.model.families, cut at the layer where it is read."""
 
-import copy
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, CLIPModel, CLIPVisionModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 
-from vision_moe.model import CLIPMoEModel, CLIPMoEVisionModel
+from vision_moe.model import CLIPMoEVisionModel
+from vision_moe.model.families import ENCODER_BY_TYPE, TOWER_BY_TYPE, tower_family
 
 
 def load_tower(vision: str | Path | PreTrainedModel, select_layer: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -20,47 +21,61 @@ def load_tower(vision: str | Path | PreTrainedModel, select_layer: int, dtype: t
         dtype: of the weights.
 
     Raises:
-        ValueError: the model is neither a CLIP nor a CLIP-MoE, weights are missing, or there is no such layer.
+        ValueError: the model has no image tower that LLaVA can use, weights are missing, or there is no such layer.
     """
     source = _image_half(vision) if isinstance(vision, PreTrainedModel) else _from_folder(vision, dtype)
-    config = copy.deepcopy(source.config)
-    config.num_hidden_layers = _num_layers(config.num_hidden_layers, select_layer)
-    if getattr(config, "moe_layers", None) is not None:
-        config.moe_layers = [layer for layer in config.moe_layers if layer < config.num_hidden_layers]
-    tower = type(source)._from_config(config, dtype=dtype)
+    _check_usable(source.config)
+    depth = _num_layers(source.config.num_hidden_layers, select_layer)
+    tower = type(source)._from_config(_cut_config(source.config, depth), dtype=dtype)
     weights = source.state_dict()
     tower.load_state_dict({name: weights[name] for name in tower.state_dict()})
     return tower
 
 
-def _image_half(model: PreTrainedModel) -> PreTrainedModel:
-    if isinstance(model, CLIPModel | CLIPMoEModel):
-        return model.vision_model
-    if isinstance(model, CLIPVisionModel | CLIPMoEVisionModel):
-        return model
-    raise ValueError(
-        f"the vision tower must be a CLIPModel, CLIPVisionModel, CLIPMoEModel or CLIPMoEVisionModel, but got "
-        f"{type(model).__name__}"
+def _cut_config(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
+    """The config of a tower's first blocks."""
+    skipped = {"model_type", "num_hidden_layers", *tower_family(config).depth_fields}
+    fields: dict[str, Any] = {name: value for name, value in config.to_dict().items() if name not in skipped}
+    if fields.get("moe_layers") is not None:
+        fields["moe_layers"] = [layer for layer in fields["moe_layers"] if layer < depth]
+    return type(config)(
+        **fields,
+        num_hidden_layers=depth,
+        attn_implementation=config._attn_implementation,
+        experts_implementation=config._experts_implementation,
     )
+
+
+def _check_usable(config: PreTrainedConfig) -> None:
+    family = TOWER_BY_TYPE.get(config.model_type)
+    if family is None or family.modality != "vision":
+        known = ", ".join(name for name, row in TOWER_BY_TYPE.items() if row.modality == "vision")
+        raise ValueError(f"the vision tower must be one of {known}, but got a {config.model_type!r}")
+    if not family.fixed_resolution:
+        raise ValueError(
+            f"a {config.model_type!r} (NaFlex) takes patches of pictures of any shape, which LLaVA-1.5 cannot give it; "
+            "use a SigLIP 2 of fixed resolution"
+        )
+
+
+def _image_half(model: PreTrainedModel) -> PreTrainedModel:
+    return model.vision_model if model.config.model_type in ENCODER_BY_TYPE else model
 
 
 def _from_folder(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     model_type = AutoConfig.from_pretrained(folder).model_type
-    classes = {
-        "clip": CLIPVisionModel,
-        "clip_vision_model": CLIPVisionModel,
-        "clip_moe": CLIPMoEVisionModel,
-        "clip_moe_vision_model": CLIPMoEVisionModel,
-    }
-    if model_type not in classes:
-        raise ValueError(f"{folder} is a {model_type!r}; a vision tower must be one of: {', '.join(classes)}")
-    tower, report = classes[model_type].from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if model_type not in ENCODER_BY_TYPE and model_type not in TOWER_BY_TYPE:
+        known = ", ".join((*ENCODER_BY_TYPE, *TOWER_BY_TYPE))
+        raise ValueError(f"{folder} is a {model_type!r}; a vision tower must be (of) one of: {known}")
+    # A CLIP's tower loads without the text tower.
+    loader = {"clip": CLIPVisionModel, "clip_moe": CLIPMoEVisionModel}.get(model_type, AutoModel)
+    model, report = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ValueError(
             f"{folder} does not hold the whole vision tower: missing {sorted(report['missing_keys'])}, of another "
             f"shape {sorted(report['mismatched_keys'])}"
         )
-    return tower
+    return _image_half(model)
 
 
 def _num_layers(depth: int, select_layer: int) -> int:

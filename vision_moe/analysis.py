@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel
 
 import vision_moe.model  # noqa: F401  # registers the model types
 from vision_moe.config import parse
@@ -24,6 +24,7 @@ from vision_moe.expert_similarity import ExpertSimilarity
 from vision_moe.files import write_json, write_text
 from vision_moe.patch_sheets import TopPatches, write_sheet
 from vision_moe.plots import plot_utilization
+from vision_moe.processor import load_processor
 from vision_moe.retrieval import retrieval
 from vision_moe.routing_counts import RoutingCounts
 from vision_moe.routing_trace import trace
@@ -169,7 +170,7 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"data sets of one name would write over each other: {', '.join(names)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModel.from_pretrained(config.model).to(device)
-    processor = AutoProcessor.from_pretrained(config.model)
+    processor = load_processor(config.model)
     found = {
         name: analyze(config, model, processor, data, config.output / name if len(folders) > 1 else config.output)
         for name, data in zip(names, folders, strict=True)

@@ -1,4 +1,4 @@
-"""Symmetric InfoNCE over the batch of all ranks (Radford et al. 2021, fig. 3; CLIP-MoE v3, eq. 1).
+"""Contrastive losses over the batch of all ranks: InfoNCE, CLIP's, and the pairwise sigmoid loss, SigLIP's.
 
 Shapes: B pairs of this rank, G = world_size * B pairs of all ranks, D embedding dim.
 """
@@ -17,7 +17,9 @@ def contrastive_loss(
     groups_B: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Mean of the image-to-text and the text-to-image cross-entropy over the pairs of the global batch.
+    """Symmetric InfoNCE: mean of the image-to-text and the text-to-image cross-entropy over the global batch's pairs.
+
+    Radford et al. 2021, fig. 3; CLIP-MoE v3, eq. 1.
 
     Each rank compares its own rows with the columns of all ranks, gathered with gradient. The value is that
     of the whole global batch on every rank; gradients averaged over ranks, as DistributedDataParallel does,
@@ -47,6 +49,47 @@ def contrastive_loss(
         per_text_B = _cross_entropy(scale * text_BD @ image_GD.T, targets_B, is_candidate_BG, label_smoothing)
         loss = (per_image_B.mean() + per_text_B.mean()) / 2
     # This rank's gradient, the global batch's value.
+    return loss + (mean_over_ranks(loss) - loss.detach())
+
+
+def sigmoid_loss(
+    image_embeds_BD: Tensor,
+    text_embeds_BD: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    groups_B: Tensor | None = None,
+) -> Tensor:
+    """Pairwise sigmoid loss, -1/G sum_i sum_j log sigmoid(z_ij (t x_i y_j + b)) (Zhai et al. 2023, section 3.2).
+
+    z_ij is 1 for a pair and -1 for every other image and text of the global batch. Value and gradients over
+    ranks are as in `contrastive_loss`.
+
+    Args:
+        image_embeds_BD: float[B, D], rows of length 1; B is the same on every rank.
+        text_embeds_BD: float[B, D], rows of length 1; row i belongs to image i.
+        logit_scale: t, one value, the inverse temperature itself (already exponentiated).
+        logit_bias: b, one value.
+        groups_B: int[B]; images and texts of different group are not compared. None: all are.
+
+    Returns:
+        float32 scalar.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    _validate(image_embeds_BD, text_embeds_BD, groups_B, label_smoothing=0.0)
+    with torch.autocast(image_embeds_BD.device.type, enabled=False):
+        image_BD, text_BD = image_embeds_BD.float(), text_embeds_BD.float()
+        # The gathered side alone: it carries the gradient of all ranks' images to this rank's texts.
+        text_GD = gather_with_grad(text_BD)
+        logits_BG = logit_scale.float() * image_BD @ text_GD.T + logit_bias.float()
+        signs_BG = torch.full_like(logits_BG, -1.0)
+        signs_BG.diagonal(offset=rank() * len(image_BD)).fill_(1.0)
+        terms_BG = -torch.nn.functional.logsigmoid(signs_BG * logits_BG)
+        if groups_B is not None:
+            terms_BG = terms_BG.masked_fill(groups_B[:, None] != gather(groups_B)[None, :], 0.0)
+        loss = terms_BG.sum(dim=1).mean()
     return loss + (mean_over_ranks(loss) - loss.detach())
 
 

@@ -14,13 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from vision_moe.cluster import accumulate_labels, kmeans
 from vision_moe.distributed import is_main
 from vision_moe.features import extract_features, weights_fingerprint
 from vision_moe.files import write_json
-from vision_moe.model import CLIPMoEModel
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.stages import Stage, StageRunner
 from vision_moe.upcycle import merge_donors
@@ -120,7 +119,7 @@ def _stage_labels(runner: StageRunner, number: int, model_folder: Path, previous
     return Labels(labels_N, (previous.labels_N, *previous.ancestors) if previous else ())
 
 
-def _merge(runner: StageRunner, start: Path, donors: list[Path]) -> CLIPMoEModel:
+def _merge(runner: StageRunner, start: Path, donors: list[Path]) -> PreTrainedModel:
     moe = runner.config.moe
     model = merge_donors(
         AutoModel.from_pretrained(start),

@@ -54,8 +54,8 @@ def embed_images(
     """Embeds every picture of a data set.
 
     Args:
-        model: a dual encoder with `get_image_features` (CLIPModel, CLIPMoEModel), on any device.
-        processor: its CLIPProcessor.
+        model: a dual encoder with `get_image_features` (CLIPModel, CLIPMoEModel, ...), on any device.
+        processor: its processor.
         dataset: the pictures.
         batch_size: pictures a forward pass.
         autocast_dtype: run the forward pass under autocast in this type; None = the weights' own type.
@@ -72,9 +72,13 @@ def embed_images(
     with _inference(model, autocast_dtype):
         for start in _progress(range(0, len(dataset), batch_size), "images"):
             images = [dataset[i]["image"] for i in range(start, min(start + batch_size, len(dataset)))]
-            pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-            pixels = pixels.to(model.device, model.dtype)
-            blocks.append(_unit_rows(model.get_image_features(pixel_values=pixels).pooler_output, "picture", start))
+            inputs = processor.image_processor(images=images, return_tensors="pt")
+            # NaFlex takes integers beside the pixels.
+            inputs = {
+                name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+                for name, tensor in inputs.items()
+            }
+            blocks.append(_unit_rows(model.get_image_features(**inputs).pooler_output, "picture", start))
     return np.concatenate(blocks)
 
 
@@ -90,8 +94,7 @@ def embed_texts(
 
     Args:
         model: a dual encoder with `get_text_features`, on any device.
-        processor: its CLIPProcessor; texts are cut at the text tower's `max_position_embeddings` (how many
-            fill it is logged).
+        processor: its processor; texts are cut at the text tower's positions (how many fill them is logged).
         texts: M texts.
         batch_size: texts a forward pass.
         autocast_dtype: as in `embed_images`.
@@ -104,24 +107,28 @@ def embed_texts(
     """
     if not texts:
         raise ValueError("got no text to embed; check the caption field")
+    from vision_moe.model.families import max_text_tokens, text_padding
+
     # By length, so that a batch holds little padding; then by the text itself, so that the order is fixed.
     unique = sorted(set(texts), key=lambda text: (len(text), text))
-    max_length = model.config.get_text_config().max_position_embeddings
+    max_length = max_text_tokens(model.config.get_text_config())
+    padding = text_padding(model.config)
     blocks, num_full = [], 0
     with _inference(model, autocast_dtype):
         for start in _progress(range(0, len(unique), batch_size), "texts"):
             tokens = processor.tokenizer(
                 unique[start : start + batch_size],
-                padding=True,
+                padding=padding,
                 truncation=True,
                 max_length=max_length,
+                return_attention_mask=True,
                 return_tensors="pt",
             )
-            num_full += int((tokens["attention_mask"].sum(dim=1) >= max_length).sum())
-            output = model.get_text_features(
-                input_ids=tokens["input_ids"].to(model.device),
-                attention_mask=tokens["attention_mask"].to(model.device),
-            )
+            mask = tokens["attention_mask"]
+            num_full += int((mask.sum(dim=1) >= max_length).sum())
+            # SigLIP's padding is part of the text.
+            masked = {} if padding == "max_length" else {"attention_mask": mask.to(model.device)}
+            output = model.get_text_features(input_ids=tokens["input_ids"].to(model.device), **masked)
             blocks.append(_unit_rows(output.pooler_output, "text", start))
     if num_full:
         logger.info(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, CLIPProcessor
+from transformers import AutoModel, ProcessorMixin
 
 from vision_moe.analysis import utilization
 from vision_moe.data.captions import CaptionDataset, open_dataset
@@ -34,7 +34,7 @@ _NAMES = {
 
 
 def write_report(
-    config: TrainConfig, models: dict[str, Path], processor: CLIPProcessor, dataset: CaptionDataset
+    config: TrainConfig, models: dict[str, Path], processor: ProcessorMixin, dataset: CaptionDataset
 ) -> None:
     """Evaluates every model, each on one rank, and writes `results.json` and `report.md` into the run's folder.
 
@@ -103,7 +103,7 @@ def render_tables(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _evaluate(config: TrainConfig, folder: Path, processor: CLIPProcessor, dataset: CaptionDataset) -> dict[str, Any]:
+def _evaluate(config: TrainConfig, folder: Path, processor: ProcessorMixin, dataset: CaptionDataset) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModel.from_pretrained(folder).to(device)
     dtype = torch.bfloat16 if config.bf16 else None

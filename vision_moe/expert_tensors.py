@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vision_moe.model.configuration import MoEFields
 
-# Name of an expert tensor in a MoE block -> name of its slice in a dense block; both below `...layers.N.mlp.`.
+# Name of an expert tensor below a mixture -> its slice of a dense MLP, by the names of TowerFamily.dense_name.
 EXPERT_NAMES = {
     "experts.up_proj": "fc1.weight",
     "experts.up_proj_bias": "fc1.bias",

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import CLIPProcessor
+from transformers import ProcessorMixin
 
-from vision_moe.data.collate import CaptionCollator
+from vision_moe.data.collate import CaptionCollator, image_inputs, text_inputs
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.files import replacing, write_json
+from vision_moe.model.families import text_padding
 
 
 class Features(NamedTuple):
@@ -31,7 +32,7 @@ class Features(NamedTuple):
 def extract_features(
     model: nn.Module,
     dataset: Dataset[Any],
-    processor: CLIPProcessor,
+    processor: ProcessorMixin,
     *,
     cache_dir: Path,
     batch_size: int = 256,
@@ -76,7 +77,7 @@ def extract_features(
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=CaptionCollator(processor),
+        collate_fn=CaptionCollator(processor, padding=text_padding(model.config)),
         num_workers=num_workers,
     )
     encoded = _encode(model, loader, torch.device(device), autocast_dtype)
@@ -108,10 +109,8 @@ def _encode(
         for batch in loader:
             autocast = nullcontext() if autocast_dtype is None else torch.autocast(device.type, autocast_dtype)
             with torch.inference_mode(), autocast:
-                image = model.get_image_features(pixel_values=batch["pixel_values"].to(device))
-                text = model.get_text_features(
-                    input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
-                )
+                image = model.get_image_features(**{k: v.to(device) for k, v in image_inputs(batch).items()})
+                text = model.get_text_features(**{k: v.to(device) for k, v in text_inputs(batch).items()})
             yield Features(_unit_rows(image.pooler_output), _unit_rows(text.pooler_output))
     finally:
         model.train(was_training)

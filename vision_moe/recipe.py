@@ -68,6 +68,18 @@ class ScratchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TowersConfig:
+    """Two pretrained towers that become one dual encoder (LiT, arXiv:2111.07991)."""
+
+    vision: str
+    """Image tower: folder or hub name of a ViT, DINOv2 or CLIP."""
+    text: str
+    """Text tower: folder or hub name of a BERT, RoBERTa or XLM-RoBERTa."""
+    projection_dim: int = 512
+    """Width of the shared embedding space."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One optimisation: what CLIP-MoE's training scripts set, one field each."""
 
@@ -166,11 +178,14 @@ class TrainConfig:
     data: DataConfig
     """Pictures and captions."""
     model: str | None = None
-    """Dense CLIP to start from: a folder, a hub name, or "scenes-clip"; None trains one from `scratch`."""
+    """Dense dual encoder to start from (docs/families.md): a folder, a hub name, or "scenes-clip"; None trains one from
+    `towers` or `scratch`."""
+    towers: TowersConfig | None = None
+    """Two pretrained towers to align (`align`, `dense`) when model is None; None builds a CLIP from `scratch`."""
     text_positions: int | None = None
     """Positions of the text tower: 248 stretches CLIP's 77 as Long-CLIP does; None keeps them."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
-    """Sizes of the dense CLIP when model is None."""
+    """Sizes of the dense CLIP when model and towers are None."""
     methods: tuple[Method, ...] = ("direct", "sparse_upcycling", "dmu")
     """What to run, in this order; "dense" trains the start itself (required and implied when model is None, unless
     "limoe", which starts from nothing, is alone)."""
@@ -183,7 +198,9 @@ class TrainConfig:
     clustering: MCLConfig = field(default_factory=MCLConfig)
     """How MCL draws its batches."""
     align: StageConfig | None = None
-    """Training of the dense start with the image tower locked (LiT, arXiv:2111.07991), before `dense`."""
+    """Training of the dense start with one or both towers locked (LiT, arXiv:2111.07991), before `dense`."""
+    align_trains: Literal["text", "projections"] = "text"
+    """What `align` trains: all but the image tower, or only what lies between both towers and the shared space."""
     dense: StageConfig = field(default_factory=StageConfig)
     """Training of the dense start."""
     mcl: StageConfig = field(default_factory=StageConfig)
@@ -199,7 +216,8 @@ class TrainConfig:
     global_batch_size: int = 800
     """Pairs per step over all processes; every pair is a negative of every other."""
     logit_scale: float | None = 4.60517
-    """Fixed log of the inverse temperature (ln 100) in every stage but "dense" and "limoe"; None keeps the start's."""
+    """Fixed log of the inverse temperature (ln 100) in every stage but "align", "dense" and "limoe"; None keeps the
+    start's, and SigLIP always keeps its scale and bias."""
     train_logit_scale: bool = False
     """Learn it in the stages that train all parameters (the official code keeps it fixed)."""
     attn_implementation: str = "sdpa"
@@ -227,5 +245,7 @@ class TrainConfig:
             )
         if set(self.methods) == {"limoe"} and self.text_positions is not None:
             raise ValueError("text_positions stretches a dense start; a LIMoE has those of scratch.max_text_tokens")
+        if self.model is not None and self.towers is not None:
+            raise ValueError(f"model and towers are two starts, but got both: {self.model} and {self.towers}; drop one")
         if not self.methods:
             raise ValueError("methods is empty; name at least one of dense, direct, sparse_upcycling, dmu, limoe")

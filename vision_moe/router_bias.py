@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vision_moe.distributed import sum_over_ranks
 from vision_moe.model import CLIPMoETextModel, CLIPMoEVisionModel
+from vision_moe.model.tower import MoETower
 from vision_moe.moe.balance import bias_step
 from vision_moe.moe.router import Router
 
@@ -40,7 +41,8 @@ class RouterBiasCallback(TrainerCallback):
         assert model is not None
         self._stop()
         for tower in model.modules():
-            if isinstance(tower, CLIPMoEVisionModel | CLIPMoETextModel) and tower.config.router_bias_update_rate:
+            is_tower = isinstance(tower, CLIPMoEVisionModel | CLIPMoETextModel | MoETower)
+            if is_tower and tower.config.router_bias_update_rate:
                 zeros_LE = torch.zeros(len(_routers(tower)), tower.config.num_experts, dtype=torch.int64)
                 self._counts_LE[tower] = zeros_LE.to(next(tower.parameters()).device)
                 self._hooks.append(tower.register_forward_hook(self._count))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from vision_moe.data.collate import CaptionCollator
+from vision_moe.data.collate import CaptionCollator, image_inputs, text_inputs
+from vision_moe.model.families import max_text_tokens, text_padding
 from vision_moe.moe.layer import MoEMLP
 from vision_moe.moe.router import RouterOutput
 
@@ -84,7 +85,7 @@ def trace(
 
     Args:
         model: a dual encoder with `MoEMLP` blocks, on any device; left in the mode (train or eval) it came in.
-        processor: its CLIPProcessor.
+        processor: its processor.
         dataset: pairs as `vision_moe.data.captions` gives them; the caption of epoch 0 is read.
         visitors: called with each `Visit`.
         batch_size: pairs a forward pass. Where tokens compete for places over the batch it changes what is dropped.
@@ -105,19 +106,22 @@ def trace(
         Subset(dataset, range(num_samples)),
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=CaptionCollator(processor, model.config.get_text_config().max_position_embeddings),
+        collate_fn=CaptionCollator(
+            processor, max_text_tokens(model.config.get_text_config()), text_padding(model.config)
+        ),
     )
     was_training = model.training
     model.eval()
     try:
         for batch in tqdm(loader, desc="routing", leave=False, disable=not sys.stderr.isatty()):
+            inputs = {
+                name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+                for name, tensor in batch.items()
+            }
             with _watched(blocks, "vision", batch["index"], visitors):
-                model.get_image_features(pixel_values=batch["pixel_values"].to(model.device, model.dtype))
+                model.get_image_features(**image_inputs(inputs))
             with _watched(blocks, "text", batch["index"], visitors):
-                model.get_text_features(
-                    input_ids=batch["input_ids"].to(model.device),
-                    attention_mask=batch["attention_mask"].to(model.device),
-                )
+                model.get_text_features(**text_inputs(inputs))
     finally:
         model.train(was_training)
     return num_samples

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import CLIPProcessor, PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vision_moe.checkpoint import last_checkpoint, write_folder
 from vision_moe.data.captions import CaptionDataset
@@ -23,7 +23,7 @@ from vision_moe.data.stream_loader import StreamLoader, load_state
 from vision_moe.distributed import barrier, is_main, rank, sum_over_ranks, world_size
 from vision_moe.files import write_json
 from vision_moe.freeze import set_trainable
-from vision_moe.model import CLIPMoEModel
+from vision_moe.model.families import ENCODER_BY_TYPE, text_padding
 from vision_moe.moe_recipe import MoEConfig
 from vision_moe.muon import MuonAdamW
 from vision_moe.recipe import StageConfig, TrainConfig
@@ -48,7 +48,7 @@ class Stage:
     config: StageConfig
     """Optimisation."""
     trainable: str
-    """Part that trains, see vision_moe.freeze: "all", "text", "ffn" or "router"."""
+    """Part that trains, see vision_moe.freeze: "all", "text", "projections", "ffn" or "router"."""
     samples: int
     """Pairs seen."""
     labels_N: Tensor | None = None
@@ -60,7 +60,7 @@ class Stage:
 class StageRunner:
     """Holds what all stages of a run share: recipe, data, processor, folder."""
 
-    def __init__(self, config: TrainConfig, data: TrainingData, processor: CLIPProcessor) -> None:
+    def __init__(self, config: TrainConfig, data: TrainingData, processor: ProcessorMixin) -> None:
         self.config = config
         self.data = data
         self.processor = processor
@@ -96,18 +96,20 @@ class StageRunner:
         model.set_attn_implementation(self.config.attn_implementation)
         self._set_logit_scale(model, stage)
         trained = set_trainable(model, stage.trainable)
-        if stage.trainable in ("all", "text") and not self._trains_logit_scale(stage):
-            model.logit_scale.requires_grad_(False)
+        if stage.trainable in ("all", "text", "projections"):
+            for parameter in _temperature(model):
+                parameter.requires_grad_(self._trains_logit_scale(stage))
         num_steps = max(1, math.ceil(stage.samples / self.config.global_batch_size))
         checkpoint = last_checkpoint(folder / "checkpoints")
-        loader = self._stream_loader(stage, checkpoint)
+        collator = CaptionCollator(self.processor, padding=text_padding(model.config))
+        loader = self._stream_loader(stage, checkpoint, collator)
         sampler = self._sampler(stage, num_steps) if loader is None else None
         logger.info("stage %s: %s; trains %s", stage.name, _plan(stage, sampler, num_steps), trained)
         trainer = ContrastiveTrainer(
             model=model,
             args=training_arguments(self.config, stage.config, folder, num_steps),
             train_dataset=self.dataset if loader is None else loader.stream,
-            data_collator=CaptionCollator(self.processor),
+            data_collator=collator,
             batch_sampler=sampler,
             stream_loader=loader,
             label_smoothing=stage.config.label_smoothing,
@@ -160,27 +162,27 @@ class StageRunner:
 
         write_folder(folder, write)
 
-    def init_routers(self, model: CLIPMoEModel, moe: MoEConfig) -> CLIPMoEModel:
+    def init_routers(self, model: PreTrainedModel, moe: MoEConfig) -> PreTrainedModel:
         """Starts the routers as the recipe says, on every rank alike, and returns the model."""
         if moe.router_init == "centroids":
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             experts_per_cluster = round(1 / model.config.vision_config.expert_width_factor)
             router_from_centroids(
                 model.to(device),
-                self._batches(device),
+                self._batches(device, CaptionCollator(self.processor, padding=text_padding(model.config))),
                 seed=self.config.seed,
                 experts_per_cluster=experts_per_cluster,
             )
         return model
 
-    def _batches(self, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    def _batches(self, device: torch.device, collator: CaptionCollator) -> Iterator[dict[str, Tensor]]:
         """One pass over the training set in random order, the same on every rank."""
         size = min(self.config.feature_batch_size, len(self.dataset))
         sampler = EpochBatchSampler(len(self.dataset), size, len(self.dataset) // size, self.config.seed)
         loader = DataLoader(
             self.dataset,
             batch_sampler=sampler,
-            collate_fn=CaptionCollator(self.processor),
+            collate_fn=collator,
             num_workers=self.config.data.num_workers,
         )
         for batch in loader:
@@ -207,14 +209,14 @@ class StageRunner:
             ancestors=stage.ancestors,
         )
 
-    def _stream_loader(self, stage: Stage, checkpoint: str | None) -> StreamLoader | None:
+    def _stream_loader(self, stage: Stage, checkpoint: str | None, collator: CaptionCollator) -> StreamLoader | None:
         """The loader of a stage that draws at random, where the data are streamed."""
         stream = self.data.stream
         if stream is None or stage.labels_N is not None:
             return None
         return StreamLoader(
             stream,
-            CaptionCollator(self.processor),
+            collator,
             batch_size=self.config.global_batch_size // world_size(),
             num_workers=self.config.data.num_workers,
             pin_memory=torch.cuda.is_available(),
@@ -225,6 +227,10 @@ class StageRunner:
         return stage.name in _START_STAGES or self.config.train_logit_scale
 
     def _set_logit_scale(self, model: PreTrainedModel, stage: Stage) -> None:
+        family = ENCODER_BY_TYPE.get(model.config.model_type)
+        if family is not None and family.loss == "sigmoid":
+            # A scale means nothing there without the bias that was trained with it.
+            return
         if self.config.logit_scale is not None and stage.name not in _START_STAGES:
             with torch.no_grad():
                 model.logit_scale.fill_(self.config.logit_scale)
@@ -233,6 +239,11 @@ class StageRunner:
 def finished_stages(output: Path) -> dict[str, dict[str, object]]:
     """Markers of all finished stages of a run, by name."""
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(output.glob("*/stage.json"))}
+
+
+def _temperature(model: PreTrainedModel) -> list[Tensor]:
+    """Scale of the logits and, with the sigmoid loss, their bias."""
+    return [parameter for name, parameter in model.named_parameters() if name in ("logit_scale", "logit_bias")]
 
 
 def _muon(model: PreTrainedModel, config: StageConfig) -> MuonAdamW:

@@ -1,8 +1,8 @@
 """Trains an encoder from one recipe: `python -m vision_moe.train RECIPE.yaml [--field value ...]`.
 
-A dense CLIP (pretrained, or trained here from nothing) is fine-tuned directly, upcycled sparsely and made a CLIP-MoE by
-DMU, each on equally many pairs; a LIMoE is trained from nothing. The run ends with one table of all of them. Started
-again, it goes on where it stopped.
+A dense dual encoder (pretrained, aligned here from two towers, or trained here from nothing) is fine-tuned directly,
+upcycled sparsely and made a CLIP-MoE by DMU, each on equally many pairs; a LIMoE is trained from nothing. The run ends
+with one table of all of them. Started again, it goes on where it stopped.
 """
 
 import logging
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModel, CLIPModel, CLIPProcessor
+from transformers import AutoModel, PreTrainedModel, ProcessorMixin
 
 from vision_moe.assets import resolve_model
 from vision_moe.config import parse
@@ -22,14 +22,16 @@ from vision_moe.dmu import run_dmu, stage_samples, total_samples
 from vision_moe.encoder_report import open_eval_data, write_report
 from vision_moe.launcher import die_with_launcher
 from vision_moe.limoe import build_limoe
-from vision_moe.model import CLIPMoEModel
+from vision_moe.model.families import encoder_family
 from vision_moe.positions import stretch_text
+from vision_moe.processor import load_processor
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.run_folder import check_folder, claim_folder
 from vision_moe.scratch import build_clip, build_processor
 from vision_moe.stages import Stage, StageRunner
 from vision_moe.tracking import setup_logging
 from vision_moe.training_data import TrainingData
+from vision_moe.two_towers import join_towers
 from vision_moe.upcycle import upcycle
 
 logger = logging.getLogger(__name__)
@@ -76,41 +78,47 @@ def run(config: TrainConfig) -> dict[str, Path]:
     return models
 
 
-def _start(config: TrainConfig, dataset: TrainingData) -> tuple[Path | None, CLIPProcessor]:
-    """Folder of the dense CLIP, None where no method needs one, and the processor of all models."""
+def _start(config: TrainConfig, dataset: TrainingData) -> tuple[Path | None, ProcessorMixin]:
+    """Folder of the dense model, None where no method needs one, and the processor of all models."""
     if set(config.methods) != {"limoe"}:
         return _dense_start(config, dataset)
     if config.model is not None:
-        return None, CLIPProcessor.from_pretrained(resolve_model(config.model))
+        return None, load_processor(resolve_model(config.model))
     return None, build_processor(config.scratch, dataset.captions())
 
 
-def _dense_start(config: TrainConfig, dataset: TrainingData) -> tuple[Path, CLIPProcessor]:
-    """Folder of the dense CLIP that everything starts from, and its processor."""
+def _dense_start(config: TrainConfig, dataset: TrainingData) -> tuple[Path, ProcessorMixin]:
+    """Folder of the dense model that everything starts from, and its processor."""
     if config.model is not None:
         source = resolve_model(config.model)
-        processor = CLIPProcessor.from_pretrained(source)
+        processor = load_processor(source)
         runner = StageRunner(config, dataset, processor)
         folder = config.output / "start" / "model"
         if is_main() and not folder.is_dir():
             runner.save(_stretched(config, AutoModel.from_pretrained(source), processor), folder)
         barrier()
-        return folder, CLIPProcessor.from_pretrained(folder)
-    model, processor = build_clip(config.scratch, dataset.captions(), config.seed)
+        return folder, load_processor(folder)
+    if config.towers is not None:
+        model, processor = join_towers(config.towers, config.seed)
+    else:
+        model, processor = build_clip(config.scratch, dataset.captions(), config.seed)
     model = _stretched(config, model, processor)
     runner = StageRunner(config, dataset, processor)
-    build: Callable[[], CLIPModel] = lambda: model  # noqa: E731
+    build: Callable[[], PreTrainedModel] = lambda: model  # noqa: E731
     if config.align is not None:
         samples = stage_samples(config.align, len(dataset))
-        aligned = runner.run(Stage(name="align", config=config.align, trainable="text", samples=samples), build)
+        stage = Stage(name="align", config=config.align, trainable=config.align_trains, samples=samples)
+        aligned = runner.run(stage, build)
         build = partial(AutoModel.from_pretrained, aligned)
     samples = stage_samples(config.dense, len(dataset))
     return runner.run(Stage(name="dense", config=config.dense, trainable="all", samples=samples), build), processor
 
 
-def _stretched(config: TrainConfig, model: CLIPModel, processor: CLIPProcessor) -> CLIPModel:
+def _stretched(config: TrainConfig, model: PreTrainedModel, processor: ProcessorMixin) -> PreTrainedModel:
     if config.text_positions is None:
         return model
+    if not encoder_family(model.config).stretches_text:
+        raise ValueError(f"text_positions stretches CLIP's text tower; leave it out for a {model.config.model_type}")
     processor.tokenizer.model_max_length = config.text_positions
     return stretch_text(model, config.text_positions)
 
@@ -120,7 +128,7 @@ def _full_stage(name: str, config: StageConfig, baseline_samples: int) -> Stage:
     return Stage(name=name, config=config, trainable="all", samples=samples)
 
 
-def _sparse_upcycling(runner: StageRunner, start: Path) -> CLIPMoEModel:
+def _sparse_upcycling(runner: StageRunner, start: Path) -> PreTrainedModel:
     moe = runner.config.sparse_moe
     model = upcycle(
         AutoModel.from_pretrained(start),

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
-from vision_moe.contrastive import contrastive_loss
+from vision_moe.contrastive import contrastive_loss, sigmoid_loss
 from vision_moe.data.stream_loader import StreamLoader, save_state
 from vision_moe.distributed import world_size
 from vision_moe.modality_routing import modality_metrics
+from vision_moe.model.families import ENCODER_BY_TYPE
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.routing_metrics import RoutingMetrics
 from vision_moe.sampled_trainer import SampledTrainer
@@ -23,14 +24,19 @@ logger = logging.getLogger(__name__)
 
 
 class ContrastiveTrainer(SampledTrainer):
-    """Trainer whose batches come from a batch sampler of (index, epoch) keys or a stream; loss: InfoNCE + aux_loss.
+    """Trainer whose batches come from a batch sampler of (index, epoch) keys or a stream; loss: contrastive + aux_loss.
+
+    The contrastive loss is the model's family's: InfoNCE, or SigLIP's with its `logit_bias`.
 
     Args:
         batch_sampler: yields this rank's keys of each global batch.
         stream_loader: gives this rank's batches instead; every checkpoint keeps its state, and it must be made from the
             state of the checkpoint that training resumes from.
-        label_smoothing: of both cross-entropies.
+        label_smoothing: of InfoNCE's cross-entropies.
         groups_N: int64[N], label of every sample; pairs of different label are no negatives. None: all are.
+
+    Raises:
+        ValueError: label smoothing with the sigmoid loss.
     """
 
     def __init__(
@@ -46,6 +52,10 @@ class ContrastiveTrainer(SampledTrainer):
         self.stream_loader = stream_loader
         # A stream resumes by its own position; the Trainer would read and drop all batches before it.
         self.args.ignore_data_skip = stream_loader is not None
+        family = ENCODER_BY_TYPE.get(self.model.config.model_type)
+        self.pairwise = family is not None and family.loss == "sigmoid"
+        if self.pairwise and label_smoothing:
+            raise ValueError(f"label_smoothing is InfoNCE's; set it to 0 for a {self.model.config.model_type}")
         self.label_smoothing = label_smoothing
         self.groups_N = groups_N
         self._terms: dict[str, list[Tensor]] = {}
@@ -80,13 +90,7 @@ class ContrastiveTrainer(SampledTrainer):
         if self.groups_N is not None:
             groups_B = self.groups_N[index_B.cpu()].to(outputs.image_embeds.device)
         unwrapped = self.accelerator.unwrap_model(model)
-        contrastive = contrastive_loss(
-            outputs.image_embeds,
-            outputs.text_embeds,
-            unwrapped.logit_scale.exp(),
-            groups_B=groups_B,
-            label_smoothing=self.label_smoothing,
-        )
+        contrastive = self._contrastive_loss(unwrapped, outputs, groups_B)
         aux = getattr(outputs, "aux_loss", None)
         self._record("contrastive_loss", contrastive)
         self._routing.add(outputs)
@@ -96,6 +100,14 @@ class ContrastiveTrainer(SampledTrainer):
             self._record(name, value)
         loss = contrastive if aux is None else contrastive + aux
         return (loss, outputs) if return_outputs else loss
+
+    def _contrastive_loss(self, model: nn.Module, outputs: Any, groups_B: Tensor | None) -> Tensor:
+        embeds = outputs.image_embeds, outputs.text_embeds
+        if self.pairwise:
+            return sigmoid_loss(*embeds, model.logit_scale.exp(), model.logit_bias, groups_B=groups_B)
+        return contrastive_loss(
+            *embeds, model.logit_scale.exp(), groups_B=groups_B, label_smoothing=self.label_smoothing
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss terms and the routing since the last log."""

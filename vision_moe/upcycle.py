@@ -1,4 +1,4 @@
-"""Dense CLIP -> CLIP-MoE, and back to one expert.
+"""Dense dual encoder -> mixture, and back to one expert; CLIP and the other families of vision_moe.model.families.
 
 `upcycle` copies one dense model's MLPs into all experts (sparse upcycling, Komatsuzaki et al. 2023; CLIP-UP);
 `merge_donors` takes one expert per fine-tuned model (Diversified Multiplet Upcycling, Zhang et al. 2024, section 4).
@@ -7,26 +7,24 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from vision_moe.expert_tensors import EXPERT_NAMES, ROUTER_NAMES, SHARED_NAMES, expert_part, num_parts
-from vision_moe.model import CLIPMoEConfig, CLIPMoEModel, CLIPMoETextConfig, CLIPMoEVisionConfig
 from vision_moe.model.configuration import MoEFields
+from vision_moe.model.families import ENCODER_FAMILIES, TOWERS, block_tensor, encoder_family, tower_family
 
 logger = logging.getLogger(__name__)
 
-TOWERS = ("vision", "text")
 TowerLayers = str | int | Sequence[int]
 Layers = TowerLayers | Mapping[str, TowerLayers]
-Model = TypeVar("Model", CLIPModel, CLIPMoEModel)
 
 
 def upcycle(
-    dense: CLIPModel,
+    dense: PreTrainedModel,
     num_experts: int = 4,
     num_experts_per_tok: int = 2,
     layers: Layers = "all",
@@ -34,8 +32,8 @@ def upcycle(
     router_std: float = 0.02,
     seed: int = 0,
     **fields: Any,
-) -> CLIPMoEModel:
-    """Makes a CLIP-MoE whose experts are all copies of the dense MLP; it computes what its parent does.
+) -> PreTrainedModel:
+    """Makes a mixture whose experts are all copies of the dense MLP; it computes what its parent does.
 
     That holds in evaluation and for every token that none of its experts drops (capacity) or leaves (expert choice).
 
@@ -61,27 +59,27 @@ def upcycle(
         a new model with the parent's dtype, device and training mode; it shares no memory with the parent.
 
     Raises:
-        ValueError: if the parent is no dense CLIP, the layers, the towers or the numbers of experts are invalid, or the
-            fields do not let the new model compute what its parent does.
+        ValueError: if the parent is no dense model of a known family, the layers, the towers or the numbers of experts
+            are invalid, or the fields do not let the new model compute what its parent does.
     """
     return _build([dense] * num_experts, num_experts_per_tok, layers, towers, router_std, seed, fields)
 
 
 def merge_donors(
-    base: CLIPModel,
-    donors: Sequence[CLIPModel],
+    base: PreTrainedModel,
+    donors: Sequence[PreTrainedModel],
     num_experts_per_tok: int = 2,
     layers: Layers = "all",
     towers: Iterable[str] = TOWERS,
     router_std: float = 0.02,
     seed: int = 0,
     **fields: Any,
-) -> CLIPMoEModel:
-    """Makes a CLIP-MoE with expert 0 from `base`, expert j from `donors[j - 1]`, and all other weights from `base`.
+) -> PreTrainedModel:
+    """Makes a mixture with expert 0 from `base`, expert j from `donors[j - 1]`, and all other weights from `base`.
 
     Args:
         base: the model that the donors were fine-tuned from.
-        donors: dense CLIPs of the base's shape, of which only the MLPs are used.
+        donors: dense models of the base's family and shape, of which only the MLPs are used.
         num_experts_per_tok: as in `upcycle`.
         layers: as in `upcycle`.
         towers: as in `upcycle`.
@@ -104,52 +102,70 @@ def merge_donors(
     return moe
 
 
-def expert_as_dense(moe: CLIPMoEModel, expert: int) -> CLIPModel:
-    """The dense CLIP whose MLP, in every MoE block, is one expert; all other weights are the mixture's.
+def expert_as_dense(moe: PreTrainedModel, expert: int) -> PreTrainedModel:
+    """The dense model whose MLP, in every MoE block, is one expert; all other weights are the mixture's.
 
     Args:
-        moe: a CLIP-MoE.
+        moe: a dual encoder with mixtures.
         expert: index j of the expert, valid in each tower that has MoE blocks.
 
     Raises:
-        ValueError: if there is no such expert, or CLIP cannot express the model (no `pre_layernorm`, a shared expert,
-            narrow experts).
+        ValueError: if there is no such expert, or the dense family cannot express the model (a shared expert, narrow
+            experts, a CLIP without `pre_layernorm`).
     """
-    if not moe.config.vision_config.pre_layernorm:
-        raise ValueError("transformers' CLIP always has a pre-layernorm, but this image tower has pre_layernorm=False")
-    for tower in (moe.config.vision_config, moe.config.text_config):
-        if tower.moe_block_indices and not 0 <= expert < tower.num_experts:
-            raise ValueError(f"expert must be in [0, {tower.num_experts}), but got {expert}")
-        if tower.moe_block_indices and (tower.shared_expert or tower.expert_width_factor != 1):
-            raise ValueError(
-                f"an expert is a whole MLP only without a shared expert and with expert_width_factor=1, but got "
-                f"shared_expert={tower.shared_expert}, expert_width_factor={tower.expert_width_factor}"
-            )
+    for tower in TOWERS:
+        _check_expert(getattr(moe.config, f"{tower}_config"), expert)
     state: dict[str, Tensor] = {}
     for name, tensor in moe.state_dict().items():
-        prefix, mlp, leaf = name.rpartition(".mlp.")
-        if leaf in EXPERT_NAMES:
-            state[prefix + mlp + EXPERT_NAMES[leaf]] = tensor[expert].clone()
-        elif leaf not in ROUTER_NAMES:
+        part = block_tensor(moe.config, name)
+        if part is not None and part.leaf in EXPERT_NAMES:
+            dense_name = part.family.dense_name(EXPERT_NAMES[part.leaf])
+            state[f"{part.block}.{dense_name}"] = tensor[expert].clone()
+        elif part is None or part.leaf not in ROUTER_NAMES:
             state[name] = tensor.clone()
-    own = _moe_field_names()
-    towers = {
-        f"{tower}_config": {k: v for k, v in getattr(moe.config, f"{tower}_config").to_dict().items() if k not in own}
-        for tower in TOWERS
-    }
-    fields = {k: v for k, v in moe.config.to_dict().items() if k not in (*towers, "model_type", "architectures")}
-    return _load(CLIPModel, CLIPConfig(**fields, **towers), state, like=moe)
+    return _load(_dense_config(moe.config), state, like=moe)
+
+
+def _check_expert(tower: Any, expert: int) -> None:
+    for name, value in tower_family(tower).moe_only.items():
+        if getattr(tower, name) != value:
+            raise ValueError(
+                f"transformers' {tower_family(tower).dense} always has {name}={value}, but this tower has "
+                f"{name}={getattr(tower, name)}"
+            )
+    if not tower.moe_block_indices:
+        return
+    if not 0 <= expert < tower.num_experts:
+        raise ValueError(f"expert must be in [0, {tower.num_experts}), but got {expert}")
+    if tower.shared_expert or tower.expert_width_factor != 1:
+        raise ValueError(
+            f"an expert is a whole MLP only without a shared expert and with expert_width_factor=1, but got "
+            f"shared_expert={tower.shared_expert}, expert_width_factor={tower.expert_width_factor}"
+        )
+
+
+def _dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the family's dense model: without the mixture's fields."""
+
+    def fields(tower: str) -> dict[str, Any]:
+        own = getattr(config, f"{tower}_config")
+        family = tower_family(own)
+        dropped = {*MoEFields.__dataclass_fields__, *family.moe_only}
+        return {**{k: v for k, v in _tower_fields(own).items() if k not in dropped}, "model_type": family.dense}
+
+    towers = {f"{tower}_config": fields(tower) for tower in TOWERS}
+    return CONFIG_MAPPING[encoder_family(config).dense](**_shared_fields(config), **towers)
 
 
 def _build(
-    sources: Sequence[CLIPModel],
+    sources: Sequence[PreTrainedModel],
     num_experts_per_tok: int,
     layers: Layers,
     towers: Iterable[str],
     router_std: float,
     seed: int,
     fields: Mapping[str, Any] | None = None,
-) -> CLIPMoEModel:
+) -> PreTrainedModel:
     """A mixture whose expert j is the MLP of source j, and whose other weights are source 0's."""
     if not sources:
         raise ValueError("num_experts must be at least 1, but got 0")
@@ -165,12 +181,15 @@ def _build(
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(name: str, shape: torch.Size) -> Tensor:
-        prefix, mlp, leaf = name.rpartition(".mlp.")
-        if leaf in EXPERT_NAMES:
-            dense = [state[prefix + mlp + EXPERT_NAMES[leaf]] for state in states]
+        part = block_tensor(config, name)
+        leaf = "" if part is None else part.leaf
+        if part is not None and leaf in EXPERT_NAMES:
+            dense_name = f"{part.block}.{part.family.dense_name(EXPERT_NAMES[leaf])}"
+            dense = [state[dense_name] for state in states]
             return torch.stack([expert_part(leaf, source, i % parts, parts, scale) for i, source in enumerate(dense)])
-        if leaf in SHARED_NAMES:
-            return expert_part(leaf, states[0][prefix + mlp + SHARED_NAMES[leaf]], 0, 1, scale).clone()
+        if part is not None and leaf in SHARED_NAMES:
+            dense_name = f"{part.block}.{part.family.dense_name(SHARED_NAMES[leaf])}"
+            return expert_part(leaf, states[0][dense_name], 0, 1, scale).clone()
         if leaf == "router.weight":
             rows = torch.randn(shape[0] // parts, shape[1], generator=generator) * router_std
             return rows.repeat_interleave(parts, dim=0).to(base.dtype)
@@ -179,13 +198,13 @@ def _build(
         return states[0][name].clone()
 
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in CLIPMoEModel(config).state_dict().items()}
-    return _load(CLIPMoEModel, config, {name: tensor(name, shape) for name, shape in shapes.items()}, like=base)
+        shapes = {name: value.shape for name, value in MODEL_MAPPING[type(config)](config).state_dict().items()}
+    return _load(config, {name: tensor(name, shape) for name, shape in shapes.items()}, like=base)
 
 
-def _load(model_class: type[Model], config: CLIPConfig, state: dict[str, Tensor], *, like: CLIPModel) -> Model:
+def _load(config: PreTrainedConfig, state: dict[str, Tensor], *, like: PreTrainedModel) -> PreTrainedModel:
     """A model that holds exactly these tensors, with the dtype, device and training mode of another."""
-    model, info = model_class.from_pretrained(
+    model, info = MODEL_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=state, dtype=like.dtype, output_loading_info=True
     )
     assert not info["missing_keys"], info
@@ -195,13 +214,13 @@ def _load(model_class: type[Model], config: CLIPConfig, state: dict[str, Tensor]
 
 
 def _moe_config(
-    base: CLIPModel,
+    base: PreTrainedModel,
     num_experts: int,
     num_experts_per_tok: int,
     layers: Layers,
     towers: Iterable[str],
     moe_fields: Mapping[str, Any],
-) -> CLIPMoEConfig:
+) -> PreTrainedConfig:
     towers = tuple(towers)
     allowed = MoEFields.__dataclass_fields__.keys() - {"num_experts", "num_experts_per_tok", "moe_layers"}
     if unknown := sorted(moe_fields.keys() - allowed):
@@ -214,22 +233,29 @@ def _moe_config(
 
     def fields(tower: str) -> dict[str, Any]:
         config = getattr(base.config, f"{tower}_config")
-        moe_layers = resolve_layers(chosen[tower], config.num_hidden_layers) if tower in towers else []
-        dense = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
         return {
-            **dense,
+            **_tower_fields(config),
             **moe_fields,
+            "model_type": tower_family(config).moe,
             "num_experts": num_experts,
             "num_experts_per_tok": num_experts_per_tok,
-            "moe_layers": moe_layers,
+            "moe_layers": resolve_layers(chosen[tower], config.num_hidden_layers) if tower in towers else [],
         }
 
-    skipped = ("model_type", "architectures", "vision_config", "text_config")
-    return CLIPMoEConfig(
-        **{k: v for k, v in base.config.to_dict().items() if k not in skipped},
-        vision_config=CLIPMoEVisionConfig(**fields("vision")),
-        text_config=CLIPMoETextConfig(**fields("text")),
-    )
+    both = {f"{tower}_config": fields(tower) for tower in TOWERS}
+    return CONFIG_MAPPING[encoder_family(base.config).moe](**_shared_fields(base.config), **both)
+
+
+def _tower_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """A tower's fields, without those that name its class or follow from others."""
+    skipped = {"model_type", "architectures", *tower_family(config).depth_fields}
+    return {k: v for k, v in config.to_dict().items() if k not in skipped}
+
+
+def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """A dual encoder's fields, without its towers' and those that name its class."""
+    skipped = ("model_type", "architectures", *(f"{tower}_config" for tower in TOWERS))
+    return {k: v for k, v in config.to_dict().items() if k not in skipped}
 
 
 def resolve_layers(layers: TowerLayers, depth: int) -> list[int]:
@@ -253,10 +279,17 @@ def resolve_layers(layers: TowerLayers, depth: int) -> list[int]:
     return sorted(layers)
 
 
-def _check_source(source: CLIPModel, base: CLIPModel) -> None:
-    if not isinstance(source, CLIPModel) or _has_experts(source):
+def _check_source(source: PreTrainedModel, base: PreTrainedModel) -> None:
+    known = [name for family in ENCODER_FAMILIES for name in (family.dense, family.moe)]
+    config = getattr(source, "config", None)
+    if (
+        getattr(config, "model_type", None) not in known
+        or not isinstance(source, MODEL_MAPPING[type(config)])
+        or _has_experts(source)
+    ):
         raise ValueError(
-            f"upcycling starts from a dense CLIPModel or CLIPMoEModel without experts, but got {type(source).__name__}"
+            f"upcycling starts from a dual encoder without experts of a known family ({', '.join(known)}), but got "
+            f"{type(source).__name__}"
         )
     mine, theirs = ({k: v.shape for k, v in model.state_dict().items()} for model in (source, base))
     different = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
@@ -264,12 +297,11 @@ def _check_source(source: CLIPModel, base: CLIPModel) -> None:
         raise ValueError(f"a donor's weights differ in shape from the base's, first at {different[0]}")
 
 
-def _has_experts(model: CLIPModel) -> bool:
-    towers = (model.config.vision_config, model.config.text_config)
-    return isinstance(model, CLIPMoEModel) and any(tower.moe_block_indices for tower in towers)
+def _has_experts(model: PreTrainedModel) -> bool:
+    return any(getattr(getattr(model.config, f"{tower}_config"), "moe_block_indices", ()) for tower in TOWERS)
 
 
-def _warn_of_unused_weights(base: CLIPModel, donor: CLIPModel, number: int, moe: CLIPMoEModel) -> None:
+def _warn_of_unused_weights(base: PreTrainedModel, donor: PreTrainedModel, number: int, moe: PreTrainedModel) -> None:
     """Logs where a donor was trained in weights that the mixture takes from the base."""
     kept = moe.state_dict().keys()
     ours, theirs = base.state_dict(), donor.state_dict()
@@ -281,7 +313,3 @@ def _warn_of_unused_weights(base: CLIPModel, donor: CLIPModel, number: int, moe:
             len(changed),
             changed[0],
         )
-
-
-def _moe_field_names() -> set[str]:
-    return {*MoEFields.__dataclass_fields__, "pre_layernorm", "model_type", "architectures"}

@@ -2,8 +2,8 @@
 
 .venv/bin/python scripts/bench/llava_data.py [--data LLAVA.json] [--llm DIR] [--batch 128 --per-device 16]
 
-One process; pictures are not opened. Without --data it makes dialogues up: 15 of 16 with a picture, 1 to 6 rounds, answers
-of log-normal length, a stand-in for mix665k.
+One process; pictures are not opened. Without --data it makes dialogues up: 15 of 16 with a picture, 1 to 6 rounds,
+answers of log-normal length, a stand-in for mix665k.
 """
 
 import argparse
@@ -24,7 +24,28 @@ from mllm.packing import pack_rows
 from mllm.sampler import DialogueBatchSampler
 from vision_moe.assets import resolve_model
 
-_WORDS = "the a red blue cube ball left of right behind there is are two three what how many picture shows".split()
+_WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "cube",
+    "ball",
+    "left",
+    "of",
+    "right",
+    "behind",
+    "there",
+    "is",
+    "are",
+    "two",
+    "three",
+    "what",
+    "how",
+    "many",
+    "picture",
+    "shows",
+]
 
 
 def write_dialogues(path: Path, num: int) -> None:
@@ -79,7 +100,13 @@ def main() -> None:
             write_dialogues(path, args.num)
         began = time.perf_counter()
         dataset = LlavaDataset(
-            path, None, processor.tokenizer, processor.image_processor, args.template, args.image_tokens, args.max_length
+            path,
+            None,
+            processor.tokenizer,
+            processor.image_processor,
+            args.template,
+            args.image_tokens,
+            args.max_length,
         )
         seconds = time.perf_counter() - began
         print(f"index: {len(dataset)} dialogues, {len(dataset) / seconds:.0f} dialogues/s")

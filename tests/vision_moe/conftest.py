@@ -11,7 +11,19 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Siglip2Config,
+    SiglipConfig,
+    VisionTextDualEncoderConfig,
+)
 
 from vision_moe.model import LIMoEConfig, LIMoEModel
 
@@ -147,3 +159,80 @@ def clip_batch() -> dict[str, torch.Tensor]:
         attention_mask[row, :length] = 1
     pixel_values = torch.randn(3, 3, 32, 32, generator=generator)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+
+
+_FAMILY_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+_FAMILY_IMAGES = {"image_size": 32, "patch_size": 8}
+_FAMILY_TEXT = {"vocab_size": 99, "max_position_embeddings": 12, "pad_token_id": 0}
+_FAMILY_DINOV2 = {k: v for k, v in _FAMILY_TOWER.items() if k != "intermediate_size"}
+_FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], dict[str, Any]]] = {
+    "clip": (
+        CLIPConfig,
+        {**_FAMILY_TOWER, **_FAMILY_IMAGES},
+        {**_FAMILY_TOWER, **_FAMILY_TEXT, "bos_token_id": 97, "eos_token_id": 98},
+    ),
+    "siglip": (SiglipConfig, {**_FAMILY_TOWER, **_FAMILY_IMAGES}, {**_FAMILY_TOWER, **_FAMILY_TEXT}),
+    "siglip2": (
+        Siglip2Config,
+        {**_FAMILY_TOWER, "patch_size": 8, "num_patches": 16},
+        {**_FAMILY_TOWER, **_FAMILY_TEXT},
+    ),
+    "vit+bert": (
+        VisionTextDualEncoderConfig,
+        {**_FAMILY_TOWER, **_FAMILY_IMAGES, "model_type": "vit"},
+        {**_FAMILY_TOWER, **_FAMILY_TEXT, "model_type": "bert"},
+    ),
+    "dinov2+roberta": (
+        VisionTextDualEncoderConfig,
+        {**_FAMILY_DINOV2, **_FAMILY_IMAGES, "mlp_ratio": 2, "layerscale_value": 0.5, "model_type": "dinov2"},
+        {**_FAMILY_TOWER, **_FAMILY_TEXT, "max_position_embeddings": 13, "model_type": "roberta"},
+    ),
+    "clip+xlm-roberta": (
+        VisionTextDualEncoderConfig,
+        {**_FAMILY_TOWER, **_FAMILY_IMAGES, "model_type": "clip_vision_model"},
+        {**_FAMILY_TOWER, **_FAMILY_TEXT, "max_position_embeddings": 13, "model_type": "xlm-roberta"},
+    ),
+}
+
+
+@pytest.fixture(params=list(_FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Name of a dual encoder's family, with its towers where they are not its own."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_family() -> Callable[..., PreTrainedModel]:
+    """make_family(family, seed): transformers' tiny dense model, in evaluation mode, nothing in it at 0 or 1."""
+
+    def make(family: str, seed: int = 0) -> PreTrainedModel:
+        config_class, vision, text = _FAMILIES[family]
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(config_class(vision_config=vision, text_config=text)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def family_batch(clip_batch: dict[str, torch.Tensor]) -> Callable[[str], dict[str, torch.Tensor]]:
+    """family_batch(family): the pictures and captions of `clip_batch` as the family takes them."""
+
+    def batch(family: str) -> dict[str, torch.Tensor]:
+        inputs = {name: tensor.clone() for name, tensor in clip_batch.items()}
+        if family.startswith("siglip"):
+            del inputs["attention_mask"]
+        if family == "siglip2":
+            # 4 x 4, 3 x 4 and 2 x 3 patches of 3 x 8 x 8 values.
+            inputs["pixel_values"] = (
+                inputs["pixel_values"].unfold(2, 8, 8).unfold(3, 8, 8).flatten(2, 3).transpose(1, 2)
+            )
+            inputs["pixel_values"] = inputs["pixel_values"].flatten(2)
+            inputs["spatial_shapes"] = torch.tensor([[4, 4], [3, 4], [2, 3]])
+            inputs["pixel_attention_mask"] = (torch.arange(16) < inputs["spatial_shapes"].prod(1)[:, None]).long()
+        return inputs
+
+    return batch

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from vision_moe.contrastive import contrastive_loss
+from vision_moe.contrastive import contrastive_loss, sigmoid_loss
 from vision_moe.data import open_captions
 from vision_moe.features import extract_features
 from vision_moe.router_bias import RouterBiasCallback
@@ -91,6 +91,25 @@ def test_loss_and_every_gradient_equal_those_of_one_process(inputs, results, gro
     loss.backward()
     for found in results:
         prefix = f"{grouping}-{label_smoothing}"
+        torch.testing.assert_close(found[f"{prefix}-loss"], loss.detach(), rtol=1e-5, atol=1e-6)
+        for name, parameter in zip(names, parameters, strict=True):
+            torch.testing.assert_close(found[f"{prefix}-{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("grouping", ["plain", "groups"])
+def test_the_sigmoid_loss_and_every_gradient_equal_those_of_one_process(inputs, results, grouping):
+    names = ("image_tower", "text_tower", "logit_scale")
+    image_tower, text_tower, logit_scale = parameters = [inputs[name].clone().requires_grad_() for name in names]
+    loss = sigmoid_loss(
+        normalize(inputs["images"] @ image_tower, dim=-1),
+        normalize(inputs["texts"] @ text_tower, dim=-1),
+        logit_scale.exp(),
+        torch.tensor([-3.0]),
+        groups_B=inputs["groups"] if grouping == "groups" else None,
+    )
+    loss.backward()
+    for found in results:
+        prefix = f"sigmoid-{grouping}"
         torch.testing.assert_close(found[f"{prefix}-loss"], loss.detach(), rtol=1e-5, atol=1e-6)
         for name, parameter in zip(names, parameters, strict=True):
             torch.testing.assert_close(found[f"{prefix}-{name}"], parameter.grad, rtol=1e-4, atol=1e-6)

@@ -11,12 +11,14 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPModel, CLIPProcessor
 
-from vision_moe.contrastive import contrastive_loss
+from vision_moe.contrastive import contrastive_loss, sigmoid_loss
 from vision_moe.data import open_captions
 from vision_moe.distributed import barrier, gather, is_main, rank, world_size
 from vision_moe.features import extract_features
 from vision_moe.router_bias import RouterBiasCallback
 from vision_moe.upcycle import upcycle
+
+BIAS = torch.tensor([-3.0])
 
 
 class TwoTowers(nn.Module):
@@ -35,7 +37,7 @@ class TwoTowers(nn.Module):
 
 
 def losses_and_gradients(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Loss and every parameter gradient under DDP, for each of four settings."""
+    """Loss and every parameter gradient under DDP, for InfoNCE in each of four settings and the sigmoid loss in two."""
     own = slice(rank() * 4, rank() * 4 + 4)
     found = {}
     for name, groups_B in (("plain", None), ("groups", inputs["groups"][own])):
@@ -47,6 +49,13 @@ def losses_and_gradients(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Ten
             found[f"{name}-{label_smoothing}-loss"] = loss.detach()
             for key, parameter in model.module.named_parameters():
                 found[f"{name}-{label_smoothing}-{key}"] = parameter.grad
+    for name, groups_B in (("plain", None), ("groups", inputs["groups"][own])):
+        model = DistributedDataParallel(TwoTowers({key: value.clone() for key, value in inputs.items()}))
+        loss = sigmoid_loss(*model(inputs["images"][own], inputs["texts"][own]), BIAS, groups_B=groups_B)
+        loss.backward()
+        found[f"sigmoid-{name}-loss"] = loss.detach()
+        for key, parameter in model.module.named_parameters():
+            found[f"sigmoid-{name}-{key}"] = parameter.grad
     return found
 
 

@@ -1,30 +1,40 @@
-"""Pictures and captions of a batch, made into the tensors that a CLIP takes."""
+"""Pictures and captions of a batch, made into the tensors that a dual encoder takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import CLIPProcessor
+from transformers import ProcessorMixin
 
 from vision_moe.data.captions import CaptionSample
 
+_TEXT_INPUTS = ("input_ids", "attention_mask")
 # transformers gives tokenizers without a stated length 1e30.
 _LONGEST_PLAUSIBLE = 1_000_000
 
 
 class CaptionCollator:
-    """Runs a CLIPProcessor over a batch; captions are cut at the model's length and padded to the longest.
+    """Runs a processor over a batch; captions are cut at the model's length and padded.
 
     Args:
         processor: image processor and tokenizer of the model.
         max_length: tokens per caption at most, special ones included. None: the tokenizer's own limit.
+        padding: "longest" of the batch, with an attention mask; "max_length" always, as SigLIP, which attends to
+            padding and takes no mask.
 
     Raises:
         ValueError: the tokenizer states no limit and none is given.
     """
 
-    def __init__(self, processor: CLIPProcessor, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        max_length: int | None = None,
+        padding: Literal["longest", "max_length"] = "longest",
+    ) -> None:
         self.processor = processor
+        self.padding = padding
         self.max_length = processor.tokenizer.model_max_length if max_length is None else max_length
         if self.max_length > _LONGEST_PLAUSIBLE:
             raise ValueError(
@@ -35,20 +45,29 @@ class CaptionCollator:
         """Batch of samples.
 
         Returns:
-            "pixel_values" float32[B, 3, H, W], "input_ids" and "attention_mask" int64[B, S], and "index"
-            int64[B], each sample's position in its data set.
+            What the image processor gives, for most "pixel_values" float32[B, 3, H, W]; "input_ids" and, unless
+            padding is part of the text, "attention_mask" int64[B, S]; and "index" int64[B], each sample's position in
+            its data set.
         """
         inputs = self.processor(
             images=[sample["image"] for sample in samples],
             text=[sample["caption"] for sample in samples],
-            padding="longest",
+            padding=self.padding,
             truncation=True,
             max_length=self.max_length,
             return_tensors="pt",
         )
-        return {
-            "pixel_values": inputs["pixel_values"],
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "index": torch.tensor([sample["index"] for sample in samples]),
-        }
+        # Captions are one segment each, which is what towers with segments take by default.
+        left_out = {"token_type_ids", "attention_mask"} if self.padding == "max_length" else {"token_type_ids"}
+        batch = {name: tensor for name, tensor in inputs.items() if name not in left_out}
+        return {**batch, "index": torch.tensor([sample["index"] for sample in samples])}
+
+
+def image_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that the image tower takes."""
+    return {name: tensor for name, tensor in batch.items() if name not in (*_TEXT_INPUTS, "index")}
+
+
+def text_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that the text tower takes."""
+    return {name: batch[name] for name in _TEXT_INPUTS if name in batch}

@@ -16,14 +16,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from vision_moe.model.configuration import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
-from vision_moe.model.encoder import CLIPMoEEncoder, CLIPMoEEncoderLayer, EncoderOutput, tower_aux_loss
+from vision_moe.model.encoder import CLIPMoEEncoder, CLIPMoEEncoderLayer
 from vision_moe.model.outputs import CLIPMoEOutput, CLIPMoETowerOutput
+from vision_moe.model.pretrained import MoEPreTrainedModel
 from vision_moe.moe.experts import Experts, SharedExpert
 from vision_moe.moe.router import Router
 
 
-class CLIPMoEPreTrainedModel(CLIPPreTrainedModel):
-    """What the three models share: initialization, captured outputs, the experts' implementation."""
+class CLIPMoEPreTrainedModel(MoEPreTrainedModel, CLIPPreTrainedModel):
+    """What the three models share: initialization and captured outputs."""
 
     config: CLIPMoEConfig
     base_model_prefix = "clip_moe"
@@ -33,8 +34,6 @@ class CLIPMoEPreTrainedModel(CLIPPreTrainedModel):
         "attentions": CLIPAttention,
         "router_logits": OutputRecorder(CLIPMoEEncoderLayer, index=1),
     }
-
-    _keep_in_fp32_modules_strict = ["choice_bias"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -51,28 +50,6 @@ class CLIPMoEPreTrainedModel(CLIPPreTrainedModel):
             init.normal_(module.down_proj, std=dim**-0.5 * (2 * depth) ** -0.5 * factor)
             init.zeros_(module.up_proj_bias)
             init.zeros_(module.down_proj_bias)
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for a decorator in this file's text; the experts live in vision_moe.moe.experts.
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The implementation asked for, or "eager", which is the fast one here: see vision_moe.moe.experts."""
-        return super().get_correct_experts_implementation(requested_experts or "eager")
-
-    def _routing_fields(
-        self, encoded: EncoderOutput, mask_BS: Tensor | None, kwargs: dict[str, Any]
-    ) -> dict[str, Tensor | None]:
-        """A tower's aux loss and counts, where they are wanted."""
-        wants_logits = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
-        if not (self.training or wants_logits):
-            return {}
-        return {
-            "aux_loss": tower_aux_loss(self.config, encoded, mask_BS),
-            "tokens_per_expert": encoded.tokens_per_expert,
-            "dropped_fraction": encoded.dropped_fraction,
-        }
 
 
 class CLIPMoEVisionModel(CLIPMoEPreTrainedModel, CLIPVisionModel):
@@ -225,18 +202,4 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel, CLIPModel):
             return_dict=True,
             **kwargs,
         )
-        towers = output.vision_model_output, output.text_model_output
-        aux_loss = self._mean_aux_loss(*(tower.aux_loss for tower in towers))
-        if output.loss is not None and aux_loss is not None:
-            output.loss = output.loss + aux_loss
-        router_logits = tuple(logits for tower in towers for logits in tower.router_logits or ()) or None
-        return CLIPMoEOutput(**output, router_logits=router_logits, aux_loss=aux_loss)
-
-    def _mean_aux_loss(self, vision_loss: Tensor | None, text_loss: Tensor | None) -> Tensor | None:
-        """Mean over the blocks of both towers, from the means over each tower's."""
-        if vision_loss is None or text_loss is None:
-            return None
-        num_vision = len(self.config.vision_config.moe_block_indices)
-        num_text = len(self.config.text_config.moe_block_indices)
-        num_blocks = max(1, num_vision + num_text)
-        return (num_vision * vision_loss + num_text * text_loss.to(vision_loss.device)) / num_blocks
+        return self._with_routing(output)

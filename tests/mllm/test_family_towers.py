@@ -1,0 +1,100 @@
+"""Image towers other than CLIP's inside a LLaVA: which hidden state it sees, how many tokens, folders."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from mllm.assemble import build_llava, save
+from mllm.model import LlavaMoEForConditionalGeneration
+from mllm.tower import load_tower
+from vision_moe.model import (
+    Dinov2MoEConfig,
+    Dinov2MoEModel,
+    Siglip2MoEVisionConfig,
+    Siglip2MoEVisionModel,
+    SiglipMoEConfig,
+    SiglipMoEModel,
+    ViTMoEConfig,
+    ViTMoEModel,
+)
+
+_SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 9}
+_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "siglip": lambda: SiglipModel(SiglipConfig(vision_config={**_SIZE, "intermediate_size": 48}, text_config=_TEXT)),
+    "siglip_moe": lambda: SiglipMoEModel(
+        SiglipMoEConfig(vision_config={**_SIZE, "intermediate_size": 48}, text_config=_TEXT)
+    ),
+    "vit": lambda: ViTModel(ViTConfig(**_SIZE, intermediate_size=48)),
+    "vit_moe": lambda: ViTMoEModel(ViTMoEConfig(**_SIZE, intermediate_size=48, moe_layers=[1, 2])),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**_SIZE, mlp_ratio=2)),
+    "dinov2_moe": lambda: Dinov2MoEModel(Dinov2MoEConfig(**_SIZE, mlp_ratio=2)),
+}
+
+
+@pytest.fixture(params=list(_MODELS))
+def source(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A whole SigLIP, or an image tower, of 3 layers and 4 x 4 patches."""
+    torch.manual_seed(3)
+    return _MODELS[request.param]().eval()
+
+
+def test_a_tower_ends_at_the_selected_hidden_state(source: PreTrainedModel, tmp_path: Path) -> None:
+    source.save_pretrained(tmp_path)
+    whole = getattr(source, "vision_model", source)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    for given in (source, tmp_path):
+        tower = load_tower(given, -2, torch.float32).eval()
+        assert tower.config.num_hidden_layers == 2
+        with torch.no_grad():
+            expected = whole(pixel_values, output_hidden_states=True).hidden_states[-2]
+            assert torch.equal(tower(pixel_values, output_hidden_states=True).hidden_states[-1], expected)
+
+
+def test_a_llava_sees_one_token_for_each_patch(
+    source: PreTrainedModel,
+    tiny_llm: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    picture: Image.Image,
+    tmp_path: Path,
+) -> None:
+    model, processor = build_llava(source, tiny_llm, tiny_tokenizer)
+    inputs = processor(images=picture, text="<image> What is it?", return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert logits.isfinite().all()
+    output = model.train()(**inputs, labels=inputs["input_ids"])
+    output.loss.backward()
+    has_experts = bool(getattr(model.config.vision_config, "moe_block_indices", ()))
+    assert (output.aux_loss is not None) == has_experts
+    if has_experts:
+        routers = [p for name, p in model.model.vision_tower.named_parameters() if name.endswith("router.weight")]
+        assert routers
+        assert all(router.grad.abs().max() > 0 for router in routers)
+    save(model, processor, tmp_path / "llava")
+    again = LlavaMoEForConditionalGeneration.from_pretrained(tmp_path / "llava").eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, logits)
+
+
+def test_a_tower_of_pictures_of_any_shape_is_refused(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {name: value for name, value in _SIZE.items() if name != "image_size"}
+    tower = Siglip2MoEVisionModel(Siglip2MoEVisionConfig(**fields, intermediate_size=48, num_patches=16))
+    with pytest.raises(ValueError, match="use a SigLIP 2 of fixed resolution"):
+        load_tower(tower, -2, torch.float32)
