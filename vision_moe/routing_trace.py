@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from vision_moe.data.collate import CaptionCollator, image_inputs, text_inputs
 from vision_moe.model.families import max_text_tokens, text_padding
+from vision_moe.model.tower import RoutedMLP
 from vision_moe.moe.layer import MoEMLP
 from vision_moe.moe.router import RouterOutput
 
@@ -133,12 +134,14 @@ def _watched(
 ) -> Iterator[None]:
     def show(mlp: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         assert isinstance(mlp, MoEMLP)
-        x_BSD, mask_BS = inputs[0], inputs[1] if len(inputs) > 1 else None
+        x_BSD = inputs[0]
+        mask_BS = mlp.padding_mask if isinstance(mlp, RoutedMLP) else inputs[1] if len(inputs) > 1 else None
         x_VD, token_V = x_BSD.flatten(0, 1), torch.arange(x_BSD.shape[0] * x_BSD.shape[1], device=x_BSD.device)
         if mask_BS is not None:
             token_V = token_V[mask_BS.flatten().bool()]
             x_VD = x_VD[token_V]
-        routed, experts_VK = mlp.assign(output.router_logits_BSE, mask_BS)
+        logits_BSE = mlp.router(x_BSD.flatten(0, 1)).router_logits_TE.unflatten(0, x_BSD.shape[:2])
+        routed, experts_VK = mlp.assign(logits_BSE, mask_BS)
         visit = Visit(modality, blocks[mlp], mlp, index_B, token_V, x_VD, routed, experts_VK)
         for visitor in visitors:
             visitor(visit)

@@ -17,7 +17,6 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.modeling_clip import (
-    CLIPMLP,
     CLIPAttention,
     CLIPTextEmbeddings,
     image_text_contrastive_loss,
@@ -90,10 +89,6 @@ class LIMoEModel(CLIPMoEPreTrainedModel):
         if isinstance(module, SiglipVisionEmbeddings):
             init.copy_(module.position_ids, torch.arange(module.num_positions)[None])
         elif isinstance(module, LIMoEModel):
-            # In a model that is not its own, transformers passes over modules without a parameter of their own.
-            for block in module.modules():
-                if isinstance(block, CLIPAttention | CLIPMLP):
-                    super()._init_weights(block)
             for head in (module.visual_projection, module.text_projection):
                 init.normal_(head.weight, std=self.config.hidden_size**-0.5 * factor)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vision_moe.model.encoder import EncoderOutput, tower_aux_loss
@@ -22,6 +22,11 @@ class MoEPreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """The implementation asked for, or "eager", which is the fast one here: see vision_moe.moe.experts."""
         return super().get_correct_experts_implementation(requested_experts or "eager")
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For models that are not its own, transformers passes over modules without a parameter of their own, such as an
+        # attention, as their code might not know which weights were loaded. `_init_weights` here knows it.
+        super()._initialize_weights(module)
 
     def _routing_fields(
         self, encoded: EncoderOutput, mask_BS: Tensor | None, kwargs: dict[str, Any]

@@ -78,6 +78,12 @@ class RoutedMLP(MoEMLP):
             routing.record(moe)
         return moe.hidden_states_BSD
 
+    @property
+    def padding_mask(self) -> Tensor | None:
+        """bool[B, S] of the batch that the block runs on right now, False at padding; None for none."""
+        routing = _ROUTING.get()
+        return None if routing is None else routing.mask_BS
+
 
 class MoEBlock(nn.Module):
     """Base beside a family's block, before it: takes the tower's `Routing` and shows it to the block's mixture."""

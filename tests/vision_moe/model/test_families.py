@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, Dinov2Config
+from transformers import MODEL_MAPPING, AutoModel, BertConfig, Dinov2Config
 
 from vision_moe.freeze import set_trainable
 from vision_moe.model import (
@@ -49,6 +49,22 @@ def route_all_to(moe, expert):
 def assert_same_features(actual, expected):
     for name in ("image_embeds", "text_embeds", "logits_per_image"):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_built_from_nothing_starts_as_its_dense_family_does(make_family, family):
+    dense = make_family(family)
+    config = upcycle(dense, layers=[1]).config
+    starts = []
+    for build in (lambda: type(dense)(dense.config), lambda: MODEL_MAPPING[type(config)](config)):
+        torch.manual_seed(0)
+        # Several, since the spread of few values tells little.
+        models = [build().state_dict() for _ in range(4)]
+        starts.append({name: torch.stack([model[name].float() for model in models]) for name in models[0]})
+    expected, actual = starts
+    shared = [name for name in expected.keys() & actual.keys() if expected[name].numel() >= 1024]
+    assert any("q_proj" in name or "query" in name for name in shared)
+    for name in shared:
+        assert actual[name].std().item() == pytest.approx(expected[name].std().item(), rel=0.15, abs=1e-6), name
 
 
 @pytest.mark.parametrize("layers", ["all", [1]], ids=str)
