@@ -6,9 +6,9 @@ from collections.abc import Sequence
 def pack_rows(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
     """Spreads samples over rows so that little padding is left.
 
-    The longest sample that is left goes to the shortest row (Graham 1969, longest processing time first). Of all numbers
-    of rows with which no row exceeds `row_length`, the one with the fewest places is taken, and the largest of those:
-    attention costs least in short rows.
+    The longest sample that is left goes to the shortest row (Graham 1969, longest processing time first). Of all
+    numbers of rows with which no row exceeds `row_length`, the one with the fewest places is taken, and the largest of
+    those: attention costs least in short rows.
 
     Args:
         lengths: tokens of each sample.

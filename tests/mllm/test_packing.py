@@ -23,7 +23,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 
 def test_rows_leave_little_padding() -> None:
-    # Longest first to the shortest of two rows: 7 | 5, then 4 to the 5, 3 to the 7, 1 to the 9: 2 rows of 10, no padding.
+    # Longest first to the shortest of two rows: 7 | 5, then 4 to the 5, 3 to the 7, 1 to the 9: two rows of 10.
     # One row of 20 is too long, three (7 | 5 1 | 4 3) take 21 places, four and five take 28 and 35.
     assert pack_rows([3, 7, 1, 5, 4], 12) == [[0, 1], [2, 3, 4]]
     # No two fit together.
