@@ -1,6 +1,8 @@
 """Fixtures shared by the whole suite."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no development data at {folder}; set VISION_MOE_SHARED to the folder that holds data/")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _log_level_is_the_tests_own() -> Iterator[None]:
+    """Entry points set the level of the root logger, below which later tests would see no log."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

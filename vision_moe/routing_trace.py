@@ -1,7 +1,8 @@
 """What every MoE block of a model decides about the tokens of a data set, block by block as the model runs.
 
 Blocks are watched where they are, so that any model with `MoEMLP` blocks will do: the modality is that of the pass in
-which a block runs, and one tower for both modalities is seen twice.
+which a block runs. One tower for both modalities is seen twice, each modality alone: if experts have places in
+evaluation, its tokens do not compete with the other's here.
 
 Shapes: B pictures or captions, S sequence, V valid tokens, D model dim, E experts, K experts chosen per token.
 """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from mllm.assemble import build_llava
 from mllm.collate import LlavaCollator, PackedCollator
@@ -23,7 +24,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 
 def test_rows_leave_little_padding() -> None:
-    # Longest first to the shortest of two rows: 7 | 5, then 4 to the 5, 3 to the 7, 1 to the 9: 2 rows of 10, all full.
+    # Longest first to the shortest of two rows: 7 | 5, then 4 to the 5, 3 to the 7, 1 to the 9: two rows of 10.
     # One row of 20 is too long, three (7 | 5 1 | 4 3) take 21 places, four and five take 28 and 35.
     assert pack_rows([3, 7, 1, 5, 4], 12) == [[0, 1], [2, 3, 4]]
     # No two fit together.
@@ -61,6 +62,16 @@ def test_a_packed_batch_by_hand() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]]
     assert torch.equal(batch["pixel_values"], torch.cat([blue, red]))
     assert "attention_mask" not in batch
+
+
+def test_one_row_has_the_borders_that_the_variable_length_kernel_cuts_at() -> None:
+    """transformers hands flash attention the beginnings of sequences, which it finds in the positions of one row."""
+    samples = [{"input_ids": [1] * length, "labels": [1] * length} for length in (3, 1, 5)]
+    batch = PackedCollator(pad_token_id=0, row_length=None)(samples)
+    (borders, _), (longest, _) = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    assert batch["position_ids"].shape == (1, 9)
+    assert borders.tolist() == [0, 3, 4, 9]
+    assert longest == 5
 
 
 @pytest.fixture

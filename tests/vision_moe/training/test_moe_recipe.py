@@ -7,12 +7,14 @@ from transformers import CLIPProcessor
 
 from vision_moe.config import parse, to_dict
 from vision_moe.data.captions import open_captions
+from vision_moe.data.collate import CaptionCollator
 from vision_moe.model.configuration import MoEFields
 from vision_moe.moe_recipe import MoEConfig, RoutingConfig
 from vision_moe.recipe import TrainConfig
 from vision_moe.router_init import router_from_centroids
 from vision_moe.scratch import build_clip
 from vision_moe.stages import StageRunner
+from vision_moe.training_data import TrainingData
 from vision_moe.upcycle import upcycle
 
 
@@ -59,7 +61,7 @@ def runner(small_scenes, recipes, tmp_path) -> StageRunner:
     dataset = open_captions(small_scenes, split="train", caption_field="long", seed=0)
     _, processor = build_clip(config.scratch, (text for i in range(8) for text in dataset.captions(i)), 0)
     assert isinstance(processor, CLIPProcessor)
-    return StageRunner(config, dataset, processor)
+    return StageRunner(config, TrainingData(config), processor)
 
 
 def test_routers_start_from_clusters_where_the_recipe_says_so(runner):
@@ -73,5 +75,5 @@ def test_routers_start_from_clusters_where_the_recipe_says_so(runner):
     assert found.norm(dim=-1).tolist() == pytest.approx([1.0] * 4)
     # Again, from the same batches by hand: what each rank of a run does.
     other = upcycle(dense, num_experts=4)
-    router_from_centroids(other, runner._batches(found.device), seed=0)
+    router_from_centroids(other, runner._batches(found.device, CaptionCollator(runner.processor)), seed=0)
     assert other.vision_model.encoder.layers[0].mlp.router.weight.equal(found)
