@@ -3,7 +3,9 @@
 from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+from vision_moe.progress import HeadlinePrinter, HeadlineProgress
 
 
 class SampledTrainer(Trainer):
@@ -15,6 +17,9 @@ class SampledTrainer(Trainer):
 
     def __init__(self, *args: Any, batch_sampler: Sampler[Any] | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for shown, brief in ((PrinterCallback, HeadlinePrinter), (ProgressCallback, HeadlineProgress)):
+            if self.pop_callback(shown) is not None:
+                self.add_callback(brief)
         self.batch_sampler = batch_sampler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
