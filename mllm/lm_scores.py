@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mllm.collate import LlavaCollator
 from mllm.conversation import IGNORE_INDEX
-from mllm.lm_text import Pictures, Sample, encode_dialogue
+from mllm.lm_text import Pictures, Sample, encode_dialogue, questions
 
 _EVAL_BATCH = 32
 _KEYS = ("input_ids", "labels")
@@ -19,18 +19,21 @@ _KEYS = ("input_ids", "labels")
 def held_out_scores(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], pictures: Pictures, seed: int
 ) -> dict[str, float]:
-    """How well dialogues are answered with their pictures in words (a random text each) and with no pictures at all.
+    """How well questions are answered with their pictures in words (a random text each) and with no pictures at all.
+
+    Every question of a dialogue is asked alone, as a benchmark asks.
 
     Returns:
         num_dialogues, num_yes_no, and for either way the perplexity per answer token and the share of yes/no answers
-        that are the likeliest ones, given the dialogue so far.
+        that are the likeliest ones.
     """
     model.eval()
     rng = random.Random(seed)
     drawn = {image: rng.choice(texts) for image, texts in sorted(pictures.items())}
+    asked = [question for sample in samples for question in questions(sample)]
     scores: dict[str, float] = {"num_dialogues": len(samples)}
     for name, shown in (("with_picture", drawn), ("without_picture", {})):
-        encoded = [encode_dialogue(sample, shown.get(sample["image"]), tokenizer) for sample in samples]
+        encoded = [encode_dialogue(question, shown.get(question["image"]), tokenizer) for question in asked]
         scores.update({f"{key}_{name}": value for key, value in _scores(model, tokenizer, encoded).items()})
     scores["num_yes_no"] = scores.pop("num_yes_no_with_picture")
     del scores["num_yes_no_without_picture"]

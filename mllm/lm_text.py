@@ -124,6 +124,12 @@ def encode_dialogue(
     return encode([{**first, "value": text}, *rest], tokenizer, template="v1")
 
 
+def questions(sample: Sample) -> list[Sample]:
+    """Each question of a dialogue with its answer, as a dialogue of its own."""
+    turns = sample["conversations"]
+    return [{**sample, "conversations": turns[start : start + 2]} for start in range(0, len(turns), 2)]
+
+
 def encode_chain(sample: Sample, picture: str | None, tokenizer: PreTrainedTokenizerBase) -> Row:
     """A dialogue as it is: one segment."""
     encoded = encode_dialogue(sample, picture, tokenizer)
@@ -132,9 +138,7 @@ def encode_chain(sample: Sample, picture: str | None, tokenizer: PreTrainedToken
 
 def encode_tree(sample: Sample, picture: str | None, tokenizer: PreTrainedTokenizerBase) -> Row:
     """A dialogue as branches on what all of its questions, asked first, begin with; its labels are in the branches."""
-    turns = sample["conversations"]
-    pairs = [{**sample, "conversations": turns[start : start + 2]} for start in range(0, len(turns), 2)]
-    encoded = [encode_dialogue(pair, picture, tokenizer) for pair in pairs]
+    encoded = [encode_dialogue(asked, picture, tokenizer) for asked in questions(sample)]
     first, first_labels = encoded[0]
     unlabelled = next(index for index, label in enumerate(first_labels) if label != IGNORE_INDEX)
     trunk = _common_length([first[:unlabelled], *(ids for ids, _ in encoded)])

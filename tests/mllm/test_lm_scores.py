@@ -33,15 +33,16 @@ def test_share_of_likeliest_yes_no_answers_and_perplexity_are_those_of_the_hand(
     yes, no = (tokenizer(f" {word}", add_special_tokens=False).input_ids for word in ("Yes", "No"))
     assert len(yes) == len(no) == 1
     samples = [
-        {"image": image, "conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": answer}]}
+        {"image": image, "conversations": 2 * [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": answer}]}
         for image, answer in _ANSWERS.items()
     ]
     vocab_size = len(tokenizer)
     scores = held_out_scores(_SaysYes(yes[0], vocab_size), tokenizer, samples, {}, seed=0)
-    assert scores["num_dialogues"] == scores["num_yes_no"] == 2
+    # Each dialogue asks twice.
+    assert (scores["num_dialogues"], scores["num_yes_no"]) == (2, 4)
     assert scores["yes_no_accuracy_with_picture"] == 0.5
     other = 0.5 / (vocab_size - 1)
-    # Four supervised tokens: " Yes" at probability 1/2; " No" and both EOS at that of any other token.
+    # Of four supervised tokens, " Yes" is at probability 1/2, " No" and both EOS at that of any other token.
     expected = -(log(0.5) + 3 * log(other)) / 4
     assert log(scores["answer_perplexity_with_picture"]) == pytest.approx(expected, rel=1e-5)
     assert scores["answer_perplexity_without_picture"] == scores["answer_perplexity_with_picture"]
