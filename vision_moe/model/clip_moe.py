@@ -15,6 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbedd
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from vision_moe.kernels.interface import NAME as EXPERTS_IMPLEMENTATION
 from vision_moe.model.configuration import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
 from vision_moe.model.encoder import CLIPMoEEncoder, CLIPMoEEncoderLayer, EncoderOutput, tower_aux_loss
 from vision_moe.model.outputs import CLIPMoEOutput, CLIPMoETowerOutput
@@ -58,8 +59,8 @@ class CLIPMoEPreTrainedModel(CLIPPreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The implementation asked for, or "eager", which is the fast one here: see vision_moe.moe.experts."""
-        return super().get_correct_experts_implementation(requested_experts or "eager")
+        """The implementation asked for, or our kernels: see vision_moe.moe.experts."""
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     def _routing_fields(
         self, encoded: EncoderOutput, mask_BS: Tensor | None, kwargs: dict[str, Any]

@@ -1,0 +1,175 @@
+"""Experts on CPU: rows gathered expert by expert, each expert's products on one contiguous slice.
+
+Saved for the backward pass: x and the pre-activation h. The hidden state act(h) is computed again, and the output is
+not needed: with u = g W2, the gradient at act(h) but for the gate, the gate's gradient is <u, act(h)> + <g, b2>, exact
+for a gate of 0 too (SonicMoE, Guo et al. 2025). All products with gates are taken at width D, never at F.
+
+QuickGELU is silu with a scale on either side; x, biases and gates carry the scales, all narrower than the hidden state.
+
+T tokens, D model dim, F hidden dim, E experts, K experts per token, N = T * K slots, n rows of one expert;
+H = F, or 2 F where the MLP is gated.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vision_moe.kernels import gemm
+from vision_moe.kernels.activation import FUSED, QUICK_GELU_SCALE, mlp_activation, mlp_activation_gradient
+from vision_moe.kernels.problem import Gradients, Needs, Problem
+
+# Rows at a time: the hidden state of so many rows stays in the cache, and its memory is used again.
+_TILE = 512
+
+
+class _Function(NamedTuple):
+    """The MLP's activation as function(scale * h) / scale."""
+
+    name: str
+    scale: float
+    gated: bool
+
+
+def _function(problem: Problem) -> _Function:
+    name, gated = FUSED[problem.activation], problem.weights.is_gated
+    if name == "quick_gelu" and not gated:
+        return _Function("silu", QUICK_GELU_SCALE, gated)
+    return _Function(name, 1.0, gated)
+
+
+def _slices(tokens_per_expert: list[int], tile: int | None) -> Iterator[tuple[int, slice]]:
+    """The rows of each expert, at most `tile` at a time; an expert without rows has none."""
+    start = 0
+    for expert, count in enumerate(tokens_per_expert):
+        stop = start + count
+        while start < stop:
+            end = min(stop, start + (tile or count))
+            yield expert, slice(start, end)
+            start = end
+
+
+def _scaled(tensor: Tensor | None, scale: float) -> Tensor | None:
+    return tensor if tensor is None or scale == 1 else tensor * scale
+
+
+def _gates(problem: Problem, slots_n: Tensor) -> Tensor:
+    """Column float[n, 1] of the gates of these slots."""
+    if problem.gates_TK is None:
+        return torch.ones(len(slots_n), 1, dtype=problem.accumulate)
+    return problem.gates_TK.flatten().index_select(0, slots_n)[:, None]
+
+
+def forward(problem: Problem, *, save: bool) -> tuple[Tensor, Tensor]:
+    """The layer's output.
+
+    Args:
+        problem: the inputs.
+        save: keep the pre-activation for `backward`.
+
+    Returns:
+        float[T, D] in `problem.accumulate`, and the scaled pre-activation float[N, H], or [0, H] where it is not saved.
+    """
+    x_TD, weights, function = problem.x_TD, problem.weights, _function(problem)
+    N = len(problem.order_N)
+    y_TD = torch.zeros_like(x_TD, dtype=problem.accumulate)
+    h_NH = x_TD.new_empty(N if save else 0, weights.w1_EHD.shape[1])
+    for expert, rows in _slices(problem.tokens_per_expert_E.tolist(), _TILE):
+        slots_n = problem.order_N[rows]
+        token_n = slots_n // problem.top_k
+        w1_HD, w2_DF = weights.w1_EHD[expert], weights.w2_EDF[expert]
+        b1_H = None if weights.b1_EH is None else _scaled(weights.b1_EH[expert], function.scale)
+        b2_D = None if weights.b2_ED is None else _scaled(weights.b2_ED[expert], function.scale)
+        x_nD = x_TD.index_select(0, token_n)
+        if function.scale != 1:
+            x_nD.mul_(function.scale)
+        if save or function.gated:
+            h_nH = gemm.linear(x_nD, w1_HD, b1_H)
+            if save:
+                h_NH[rows].copy_(h_nH)
+            a_nF = mlp_activation(h_nH, function.name, gated=function.gated)
+        else:
+            a_nF = gemm.activated_linear(x_nD, w1_HD, b1_H, function.name)
+        y_nD = gemm.linear(a_nF, w2_DF, b2_D)
+        y_TD.index_add_(0, token_n, y_nD * (_gates(problem, slots_n) / function.scale))
+    return y_TD, h_NH
+
+
+def backward(problem: Problem, h_NH: Tensor, grad_TD: Tensor, needs: Needs) -> Gradients:
+    """The gradients that are asked for; frozen weights cost nothing.
+
+    Args:
+        problem: the inputs; x may be empty where neither x nor w1 needs a gradient.
+        h_NH: what `forward` saved.
+        grad_TD: float[T, D], gradient at the output.
+        needs: which gradients are asked for.
+    """
+    weights, accumulate, dtype = problem.weights, problem.accumulate, problem.weights.w1_EHD.dtype
+    gradients = Gradients(
+        torch.zeros_like(grad_TD, dtype=accumulate) if needs.x else None,
+        # Slots that are not computed have none.
+        torch.zeros_like(problem.gates_TK).flatten() if needs.gates and problem.gates_TK is not None else None,
+        torch.empty_like(weights.w1_EHD) if needs.w1 else None,
+        torch.empty_like(weights.b1_EH) if needs.b1 and weights.b1_EH is not None else None,
+        torch.empty_like(weights.w2_EDF) if needs.w2 else None,
+        torch.empty_like(weights.b2_ED) if needs.b2 and weights.b2_ED is not None else None,
+    )
+    counts = problem.tokens_per_expert_E.tolist()
+    # One product per expert: sums over tiles would pass over every weight gradient once per tile.
+    tile = None if needs.w1 or needs.w2 or needs.b1 or needs.b2 else _TILE
+    grad_TD = grad_TD.to(dtype)
+    for expert, rows in _slices(counts, tile):
+        _backward_slice(problem, h_NH[rows], grad_TD, gradients, _Slice(expert, problem.order_N[rows]))
+    for expert, count in enumerate(counts):
+        if not count:
+            for gradient in gradients[2:]:
+                if gradient is not None:
+                    gradient[expert].zero_()
+    dx_TD, dgates_N, *rest = gradients
+    return Gradients(
+        None if dx_TD is None else dx_TD.to(dtype),
+        None if dgates_N is None or problem.gates_TK is None else dgates_N.view_as(problem.gates_TK),
+        *rest,
+    )
+
+
+class _Slice(NamedTuple):
+    expert: int
+    slots_n: Tensor
+
+
+def _backward_slice(problem: Problem, h_nH: Tensor, grad_TD: Tensor, out: Gradients, rows: _Slice) -> None:
+    """Adds what one expert's rows give; see the head of this file for the formulas."""
+    weights, function, expert = problem.weights, _function(problem), rows.expert
+    dtype = grad_TD.dtype
+    token_n = rows.slots_n // problem.top_k
+    gate_n1 = _gates(problem, rows.slots_n)
+    g_nD = grad_TD.index_select(0, token_n)
+    hidden = out.x_TD is not None or out.w1_EHD is not None or out.b1_EH is not None
+    if out.b2_ED is not None:
+        out.b2_ED[expert] = (g_nD * gate_n1).sum(dim=0)
+    u_nF = gemm.input_gradient(g_nD, weights.w2_EDF[expert]) if hidden or out.gates_TK is not None else None
+    dh_nH = None
+    if u_nF is not None and hidden:
+        dh_nH = mlp_activation_gradient(u_nF, h_nH, function.name, gated=function.gated)
+    if out.w2_EDF is not None or out.gates_TK is not None:
+        a_nF = mlp_activation(h_nH.clone(), function.name, gated=function.gated)
+        if out.w2_EDF is not None:
+            weighted_nD = (g_nD * (gate_n1 / function.scale)).to(dtype)
+            out.w2_EDF[expert] = gemm.weight_gradient(weighted_nD, a_nF)
+        if out.gates_TK is not None and u_nF is not None:
+            dgate_n = a_nF.mul_(u_nF).sum(dim=-1, dtype=out.gates_TK.dtype).div_(function.scale)
+            if weights.b2_ED is not None:
+                dgate_n += (g_nD @ weights.b2_ED[expert]).to(dgate_n.dtype)
+            out.gates_TK[rows.slots_n] = dgate_n
+        del a_nF
+    if dh_nH is None:
+        return
+    if out.b1_EH is not None:
+        out.b1_EH[expert] = (gate_n1.to(dtype).t() @ dh_nH)[0]
+    if out.w1_EHD is not None:
+        x_nD = (problem.x_TD.index_select(0, token_n) * gate_n1).to(dtype)
+        out.w1_EHD[expert] = gemm.weight_gradient(dh_nH, x_nD)
+    if out.x_TD is not None:
+        out.x_TD.index_add_(0, token_n, gemm.input_gradient(dh_nH, weights.w1_EHD[expert]) * gate_n1)
