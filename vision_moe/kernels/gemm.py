@@ -21,7 +21,7 @@ from vision_moe.kernels.activation import activate_
 # oneDNN's post-operations that are exactly our functions.
 _POST_OPS = {"silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 # Below this many multiply-adds a call's overhead decides, and the plain road has less.
-_MIN_WORK = 2**23
+MIN_WORK = 2**24
 # oneDNN must win by so much: the choice should not hang on noise.
 _MARGIN = 0.9
 
@@ -87,7 +87,7 @@ def _use_onednn(x_nI: Tensor, w_OI: Tensor, product: Product) -> bool:
     return (
         x_nI.device.type == "cpu"
         and torch.backends.mkldnn.enabled
-        and x_nI.shape[0] * w_OI.numel() >= _MIN_WORK
+        and x_nI.shape[0] * w_OI.numel() >= MIN_WORK
         and onednn_wins(x_nI.dtype, product)
     )
 

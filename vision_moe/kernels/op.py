@@ -129,8 +129,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
     if not save:
         return
-    # x only enters the gradient of W1; a frozen stack has no use for it.
-    saved_x_TD = x_TD if ctx.needs_input_grad[2] else x_TD.new_empty(0, x_TD.shape[1])
+    # x only enters the gradients of W1 and b1; a frozen stack has no use for it.
+    saved_x_TD = x_TD if any(ctx.needs_input_grad[2:4]) else x_TD.new_empty(0, x_TD.shape[1])
     ctx.save_for_backward(saved_x_TD, gates_TK, *weights, order_N, tokens_per_expert_E, h_NH)
     ctx.names = activation, backend
 

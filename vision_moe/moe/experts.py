@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from vision_moe.kernels import interface  # noqa: F401  # registers "vision_moe"
+from vision_moe.kernels.linear import linear
 
 
 class ExpertsConfig(Protocol):
@@ -112,5 +113,5 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Maps float[T, D] to float[T, D]."""
-        h_TF = self.act_fn(nn.functional.linear(x_TD, self.up_proj, self.up_proj_bias))
-        return nn.functional.linear(h_TF, self.down_proj, self.down_proj_bias)
+        h_TF = self.act_fn(linear(x_TD, self.up_proj, self.up_proj_bias))
+        return linear(h_TF, self.down_proj, self.down_proj_bias)

@@ -16,7 +16,7 @@ def provider(request, monkeypatch):
     """Both roads of the matrix products, whatever the measurement would pick, and at any size."""
     if request.param == "onednn" and not gemm.onednn_works(torch.float32):
         pytest.skip("this torch has no oneDNN linear for float32")
-    monkeypatch.setattr(gemm, "_MIN_WORK", 0)
+    monkeypatch.setattr(gemm, "MIN_WORK", 0)
     monkeypatch.setattr(
         gemm, "onednn_wins", lambda dtype, product: request.param == "onednn" and gemm.onednn_works(dtype)
     )
