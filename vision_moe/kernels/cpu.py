@@ -105,22 +105,18 @@ def backward(problem: Problem, h_NH: Tensor, grad_TD: Tensor, needs: Needs) -> G
         grad_TD: float[T, D], gradient at the output.
         needs: which gradients are asked for.
     """
-    weights, accumulate, dtype = problem.weights, problem.accumulate, problem.weights.w1_EHD.dtype
-    gradients = Gradients(
-        torch.zeros_like(grad_TD, dtype=accumulate) if needs.x else None,
-        # Slots that are not computed have none.
-        torch.zeros_like(problem.gates_TK).flatten() if needs.gates and problem.gates_TK is not None else None,
-        torch.empty_like(weights.w1_EHD) if needs.w1 else None,
-        torch.empty_like(weights.b1_EH) if needs.b1 and weights.b1_EH is not None else None,
-        torch.empty_like(weights.w2_EDF) if needs.w2 else None,
-        torch.empty_like(weights.b2_ED) if needs.b2 and weights.b2_ED is not None else None,
-    )
+    dtype = problem.weights.w1_EHD.dtype
+    gradients = _empty_gradients(problem, grad_TD, needs)
     counts = problem.tokens_per_expert_E.tolist()
     # One product per expert: sums over tiles would pass over every weight gradient once per tile.
     tile = None if needs.w1 or needs.w2 or needs.b1 or needs.b2 else _TILE
     grad_TD = grad_TD.to(dtype)
-    for expert, rows in _slices(counts, tile):
-        _backward_slice(problem, h_NH[rows], grad_TD, gradients, _Slice(expert, problem.order_N[rows]))
+    for expert, part in _slices(counts, tile):
+        slots_n = problem.order_N[part]
+        rows = _Rows(expert, slots_n, slots_n // problem.top_k, _gates(problem, slots_n))
+        dh_nH = _through_w2(problem, h_NH[part], grad_TD.index_select(0, rows.token_n), gradients, rows)
+        if dh_nH is not None:
+            _through_w1(problem, dh_nH, gradients, rows)
     for expert, count in enumerate(counts):
         if not count:
             for gradient in gradients[2:]:
@@ -134,42 +130,60 @@ def backward(problem: Problem, h_NH: Tensor, grad_TD: Tensor, needs: Needs) -> G
     )
 
 
-class _Slice(NamedTuple):
+def _empty_gradients(problem: Problem, grad_TD: Tensor, needs: Needs) -> Gradients:
+    """Where the gradients go: zeros where rows are added or slots may be missing, the gates flat."""
+    _, gates_TK, weights, *_ = problem
+    return Gradients(
+        torch.zeros_like(grad_TD, dtype=problem.accumulate) if needs.x else None,
+        torch.zeros_like(gates_TK).flatten() if needs.gates and gates_TK is not None else None,
+        *(
+            torch.empty_like(weight) if needed and weight is not None else None
+            for weight, needed in zip(weights, needs[2:], strict=True)
+        ),
+    )
+
+
+class _Rows(NamedTuple):
+    """One expert's rows: their slots, their tokens, and their gates as a column."""
+
     expert: int
     slots_n: Tensor
+    token_n: Tensor
+    gate_n1: Tensor
 
 
-def _backward_slice(problem: Problem, h_nH: Tensor, grad_TD: Tensor, out: Gradients, rows: _Slice) -> None:
-    """Adds what one expert's rows give; see the head of this file for the formulas."""
+def _through_w2(problem: Problem, h_nH: Tensor, g_nD: Tensor, out: Gradients, rows: _Rows) -> Tensor | None:
+    """Gradients of W2, b2 and the gates; returns that at the pre-activation but for the gate, if anything needs it."""
     weights, function, expert = problem.weights, _function(problem), rows.expert
-    dtype = grad_TD.dtype
-    token_n = rows.slots_n // problem.top_k
-    gate_n1 = _gates(problem, rows.slots_n)
-    g_nD = grad_TD.index_select(0, token_n)
     hidden = out.x_TD is not None or out.w1_EHD is not None or out.b1_EH is not None
     if out.b2_ED is not None:
-        out.b2_ED[expert] = (g_nD * gate_n1).sum(dim=0)
+        out.b2_ED[expert] = (g_nD * rows.gate_n1).sum(dim=0)
     u_nF = gemm.input_gradient(g_nD, weights.w2_EDF[expert]) if hidden or out.gates_TK is not None else None
     dh_nH = None
     if u_nF is not None and hidden:
         dh_nH = mlp_activation_gradient(u_nF, h_nH, function.name, gated=function.gated)
-    if out.w2_EDF is not None or out.gates_TK is not None:
-        a_nF = mlp_activation(h_nH.clone(), function.name, gated=function.gated)
-        if out.w2_EDF is not None:
-            weighted_nD = (g_nD * (gate_n1 / function.scale)).to(dtype)
-            out.w2_EDF[expert] = gemm.weight_gradient(weighted_nD, a_nF)
-        if out.gates_TK is not None and u_nF is not None:
-            dgate_n = a_nF.mul_(u_nF).sum(dim=-1, dtype=out.gates_TK.dtype).div_(function.scale)
-            if weights.b2_ED is not None:
-                dgate_n += (g_nD @ weights.b2_ED[expert]).to(dgate_n.dtype)
-            out.gates_TK[rows.slots_n] = dgate_n
-        del a_nF
-    if dh_nH is None:
-        return
+    if out.w2_EDF is None and out.gates_TK is None:
+        return dh_nH
+    a_nF = mlp_activation(h_nH.clone(), function.name, gated=function.gated)
+    if out.w2_EDF is not None:
+        weighted_nD = (g_nD * (rows.gate_n1 / function.scale)).to(g_nD.dtype)
+        out.w2_EDF[expert] = gemm.weight_gradient(weighted_nD, a_nF)
+    if out.gates_TK is not None and u_nF is not None:
+        dgate_n = a_nF.mul_(u_nF).sum(dim=-1, dtype=out.gates_TK.dtype).div_(function.scale)
+        if weights.b2_ED is not None:
+            dgate_n += (g_nD @ weights.b2_ED[expert]).to(dgate_n.dtype)
+        out.gates_TK[rows.slots_n] = dgate_n
+    return dh_nH
+
+
+def _through_w1(problem: Problem, dh_nH: Tensor, out: Gradients, rows: _Rows) -> None:
+    """Gradients of W1, b1 and x."""
+    expert, dtype = rows.expert, dh_nH.dtype
     if out.b1_EH is not None:
-        out.b1_EH[expert] = (gate_n1.to(dtype).t() @ dh_nH)[0]
+        out.b1_EH[expert] = (rows.gate_n1.to(dtype).t() @ dh_nH)[0]
     if out.w1_EHD is not None:
-        x_nD = (problem.x_TD.index_select(0, token_n) * gate_n1).to(dtype)
+        x_nD = (problem.x_TD.index_select(0, rows.token_n) * rows.gate_n1).to(dtype)
         out.w1_EHD[expert] = gemm.weight_gradient(dh_nH, x_nD)
     if out.x_TD is not None:
-        out.x_TD.index_add_(0, token_n, gemm.input_gradient(dh_nH, weights.w1_EHD[expert]) * gate_n1)
+        dx_nD = gemm.input_gradient(dh_nH, problem.weights.w1_EHD[expert])
+        out.x_TD.index_add_(0, rows.token_n, dx_nD * rows.gate_n1)

@@ -75,26 +75,30 @@ def backward(problem: Problem, h_NH: Tensor, grad_TD: Tensor, needs: Needs) -> G
     dx = dgates = dw1 = db1 = dw2 = db2 = None
     if needs.b2 and weights.b2_ED is not None:
         db2 = rows.sum_per_expert(weighted_ND)
-    a_NF = mlp_activation(h_NH.clone(), function, gated=gated) if needs.w2 or needs.gates else None
-    if needs.w2 and a_NF is not None:
+    a_NF = mlp_activation(h_NH.clone(), function, gated=gated)
+    if needs.w2:
         dw2 = grouped_mm(weighted_ND.t(), a_NF, offs=rows.ends_E)
-    if not (needs.hidden or needs.gates):
-        return Gradients(dx, dgates, dw1, db1, dw2, db2)
-    u_NF = grouped_mm(g_ND, weights.w2_EDF, offs=rows.ends_E)
-    if needs.gates and problem.gates_TK is not None and a_NF is not None:
-        dgate_N = (a_NF * u_NF).sum(dim=-1, dtype=problem.gates_TK.dtype)
-        if weights.b2_ED is not None:
-            dgate_N += (g_ND * weights.b2_ED[rows.expert_N]).sum(dim=-1, dtype=dgate_N.dtype)
-        dgates = torch.empty_like(dgate_N).index_copy_(0, rows.slot_N, dgate_N.where(rows.computed_N1[:, 0], 0))
-        dgates = dgates.view_as(problem.gates_TK)
-    if needs.hidden:
+    u_NF = grouped_mm(g_ND, weights.w2_EDF, offs=rows.ends_E) if needs.hidden or needs.gates else None
+    if needs.gates and u_NF is not None:
+        dgates = _gates_gradient(problem, rows, g_ND, a_NF * u_NF)
+    if needs.hidden and u_NF is not None:
         dh_NH = (mlp_activation_gradient(u_NF, h_NH, function, gated=gated) * rows.gate_N1).to(dtype)
         if needs.b1 and weights.b1_EH is not None:
             db1 = rows.sum_per_expert(dh_NH)
         if needs.w1:
-            x_ND = problem.x_TD.index_select(0, rows.token_N)
-            dw1 = grouped_mm(dh_NH.t(), x_ND, offs=rows.ends_E)
+            dw1 = grouped_mm(dh_NH.t(), problem.x_TD.index_select(0, rows.token_N), offs=rows.ends_E)
         if needs.x:
             dx_ND = grouped_mm(dh_NH, weights.w1_EHD, offs=rows.ends_E).to(problem.accumulate)
             dx = rows.sum_per_token(dx_ND, len(grad_TD)).to(dtype)
     return Gradients(dx, dgates, dw1, db1, dw2, db2)
+
+
+def _gates_gradient(problem: Problem, rows: _Rows, g_ND: Tensor, product_NF: Tensor) -> Tensor | None:
+    """float[T, K], 0 at slots that are not computed."""
+    if problem.gates_TK is None:
+        return None
+    dgate_N = product_NF.sum(dim=-1, dtype=problem.gates_TK.dtype)
+    if problem.weights.b2_ED is not None:
+        dgate_N += (g_ND * problem.weights.b2_ED[rows.expert_N]).sum(dim=-1, dtype=dgate_N.dtype)
+    computed_N = rows.computed_N1[:, 0]
+    return torch.empty_like(dgate_N).index_copy_(0, rows.slot_N, dgate_N.where(computed_N, 0)).view_as(problem.gates_TK)

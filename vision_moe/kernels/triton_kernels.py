@@ -64,9 +64,11 @@ def up_kernel(
     expert = tl.load(tile_expert + tl.program_id(1))
     if expert < 0:
         return
-    rows = tl.load(tile_start + tl.program_id(1)) + tl.arange(0, BLOCK_M)
-    row_ok = rows < tl.load(ends_E + expert)
-    token = tl.load(order_N + rows, mask=row_ok, other=0) // top_k
+    # int64 only in scalars: offsets within a tile are small, and wide ones would cost registers.
+    first = tl.load(tile_start + tl.program_id(1))
+    rows = tl.arange(0, BLOCK_M)
+    row_ok = rows < (tl.load(ends_E + expert) - first)
+    token = tl.load(order_N + first + rows, mask=row_ok, other=0) // top_k
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_ok = cols < F
     H = 2 * F if GATED else F
@@ -90,15 +92,15 @@ def up_kernel(
         if GATED:
             acc_up += tl.load(b1_EH + expert * H + F + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     ok = row_ok[:, None] & col_ok[None, :]
-    wide = rows.to(tl.int64)[:, None]
     if SAVE:
-        tl.store(h_NH + wide * H + cols[None, :], acc.to(h_NH.dtype.element_ty), mask=ok)
+        h_tile = h_NH + first * H + rows[:, None] * H + cols[None, :]
+        tl.store(h_tile, acc.to(h_NH.dtype.element_ty), mask=ok)
         if GATED:
-            tl.store(h_NH + wide * H + F + cols[None, :], acc_up.to(h_NH.dtype.element_ty), mask=ok)
+            tl.store(h_tile + F, acc_up.to(h_NH.dtype.element_ty), mask=ok)
     hidden = _activate(acc, FUNCTION)
     if GATED:
         hidden *= acc_up
-    tl.store(a_NF + wide * F + cols[None, :], hidden.to(a_NF.dtype.element_ty), mask=ok)
+    tl.store(a_NF + first * F + rows[:, None] * F + cols[None, :], hidden.to(a_NF.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -112,18 +114,20 @@ def down_kernel(
     expert = tl.load(tile_expert + tl.program_id(1))
     if expert < 0:
         return
-    rows = tl.load(tile_start + tl.program_id(1)) + tl.arange(0, BLOCK_M)
-    row_ok = rows < tl.load(ends_E + expert)
-    slot = tl.load(order_N + rows, mask=row_ok, other=0)
+    # int64 only in scalars: offsets within a tile are small, and wide ones would cost registers.
+    first = tl.load(tile_start + tl.program_id(1))
+    rows = tl.arange(0, BLOCK_M)
+    row_ok = rows < (tl.load(ends_E + expert) - first)
+    slot = tl.load(order_N + first + rows, mask=row_ok, other=0)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_ok = cols < Y
     weights = w_EXY + expert.to(tl.int64) * X * Y
-    wide = rows.to(tl.int64)[:, None]
+    a_rows = a_NX + first * X + rows[:, None] * X
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, X, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_ok = k < X
-        a = tl.load(a_NX + wide * X + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        a = tl.load(a_rows + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
         w = tl.load(
             weights + k[:, None] * stride_wx + cols[None, :] * stride_wy,
             mask=k_ok[:, None] & col_ok[None, :],
@@ -149,9 +153,11 @@ def hidden_gradient_kernel(
     expert = tl.load(tile_expert + tl.program_id(1))
     if expert < 0:
         return
-    rows = tl.load(tile_start + tl.program_id(1)) + tl.arange(0, BLOCK_M)
-    row_ok = rows < tl.load(ends_E + expert)
-    slot = tl.load(order_N + rows, mask=row_ok, other=0)
+    # int64 only in scalars: offsets within a tile are small, and wide ones would cost registers.
+    first = tl.load(tile_start + tl.program_id(1))
+    rows = tl.arange(0, BLOCK_M)
+    row_ok = rows < (tl.load(ends_E + expert) - first)
+    slot = tl.load(order_N + first + rows, mask=row_ok, other=0)
     token = slot // top_k
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_ok = cols < F
@@ -165,25 +171,24 @@ def hidden_gradient_kernel(
         w = tl.load(weights + k[:, None] * F + cols[None, :], mask=k_ok[:, None] & col_ok[None, :], other=0.0)
         acc = _dot(g, w, acc, PRECISION, UPCAST)
     ok = row_ok[:, None] & col_ok[None, :]
-    wide = rows.to(tl.int64)[:, None]
-    h = tl.load(h_NH + wide * H + cols[None, :], mask=ok, other=0.0).to(tl.float32)
-    hidden = _activate(h, FUNCTION)
+    offset = rows[:, None] * H + cols[None, :]
+    h = tl.load(h_NH + first * H + offset, mask=ok, other=0.0).to(tl.float32)
+    a = _activate(h, FUNCTION)
     gate = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
     if HAS_GATE:
         gate = tl.load(gates_S + slot, mask=row_ok, other=0.0)
+    dh = acc * _slope(h, FUNCTION)
     if GATED:
-        up = tl.load(h_NH + wide * H + F + cols[None, :], mask=ok, other=0.0).to(tl.float32)
-        d_up = gate[:, None] * acc * hidden
-        tl.store(dh_NH + wide * H + F + cols[None, :], d_up.to(dh_NH.dtype.element_ty), mask=ok)
-        dh = gate[:, None] * acc * up * _slope(h, FUNCTION)
-        hidden *= up
-    else:
-        dh = gate[:, None] * acc * _slope(h, FUNCTION)
-    tl.store(dh_NH + wide * H + cols[None, :], dh.to(dh_NH.dtype.element_ty), mask=ok)
-    tl.store(a_NF + wide * F + cols[None, :], hidden.to(a_NF.dtype.element_ty), mask=ok)
+        d_up = gate[:, None] * acc * a
+        tl.store(dh_NH + first * H + F + offset, d_up.to(dh_NH.dtype.element_ty), mask=ok)
+        up = tl.load(h_NH + first * H + F + offset, mask=ok, other=0.0).to(tl.float32)
+        a *= up
+        dh *= up
+    tl.store(dh_NH + first * H + offset, (gate[:, None] * dh).to(dh_NH.dtype.element_ty), mask=ok)
+    tl.store(a_NF + first * F + rows[:, None] * F + cols[None, :], a.to(a_NF.dtype.element_ty), mask=ok)
     if HAS_GATE:
-        dgate = tl.sum(tl.where(ok, acc * hidden, 0.0), axis=1)
-        tl.store(dgate_NB + rows * num_blocks + tl.program_id(0), dgate, mask=row_ok)
+        dgate = tl.sum(tl.where(ok, acc * a, 0.0), axis=1)
+        tl.store(dgate_NB + first * num_blocks + rows * num_blocks + tl.program_id(0), dgate, mask=row_ok)
 
 
 @triton.jit
@@ -204,11 +209,11 @@ def weight_gradient_kernel(
     p_sum = tl.zeros((BLOCK_P,), dtype=tl.float32)
     q_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     for first in range(start, end, BLOCK_R):
-        rows = first + tl.arange(0, BLOCK_R)
-        row_ok = rows < end
-        slot = tl.load(order_N + rows, mask=row_ok, other=0)
+        rows = tl.arange(0, BLOCK_R)
+        row_ok = rows < end - first
+        slot = tl.load(order_N + first + rows, mask=row_ok, other=0)
         p = tl.load(
-            p_NP + rows.to(tl.int64)[None, :] * P + p_cols[:, None], mask=p_ok[:, None] & row_ok[None, :], other=0.0
+            p_NP + first * P + rows[None, :] * P + p_cols[:, None], mask=p_ok[:, None] & row_ok[None, :], other=0.0
         )
         q = tl.load(
             q_TQ + (slot // top_k)[:, None] * stride_qt + q_cols[None, :] * stride_qq,

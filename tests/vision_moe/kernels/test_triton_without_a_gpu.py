@@ -78,7 +78,9 @@ def check(arch, dtype, variant, folder):
     assert found["STACK"] == found["LOCAL"] == "0", f"spills registers: {found}"
     shared = compiled.metadata.shared
     assert shared <= SHARED_LIMIT[arch] * 1024, f"takes {shared / 1024:.0f} KiB of shared memory"
-    assert TENSOR_CORES[arch] in compiled.asm["ptx"] or "mma.sync" in compiled.asm["ptx"], "uses no tensor core"
+    # float32 operands that are not contiguous along the sum stay with the older instruction.
+    allowed = {TENSOR_CORES[arch]} | ({"mma.sync"} if dtype == torch.float32 else set())
+    assert any(instruction in compiled.asm["ptx"] for instruction in allowed), f"has none of {allowed}"
 
 
 @pytest.fixture(autouse=True)
