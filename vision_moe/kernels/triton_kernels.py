@@ -118,7 +118,6 @@ def down_kernel(
     first = tl.load(tile_start + tl.program_id(1))
     rows = tl.arange(0, BLOCK_M)
     row_ok = rows < (tl.load(ends_E + expert) - first)
-    slot = tl.load(order_N + first + rows, mask=row_ok, other=0)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_ok = cols < Y
     weights = w_EXY + expert.to(tl.int64) * X * Y
@@ -134,6 +133,7 @@ def down_kernel(
             other=0.0,
         )
         acc = _dot(a, w, acc, PRECISION, UPCAST)
+    slot = tl.load(order_N + first + rows, mask=row_ok, other=0)
     if HAS_BIAS:
         acc += tl.load(b_EY + expert * Y + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     if HAS_GATE:

@@ -31,11 +31,12 @@ SIZES = ("D", "F", "X", "Y", "P", "Q")
 VARIANTS = {
     "up": ("up_kernel", {"HAS_BIAS": True, "GATED": False, "SAVE": True}),
     "up-gated": ("up_kernel", {"HAS_BIAS": False, "GATED": True, "SAVE": True}),
-    "down": ("down_kernel", {"HAS_BIAS": True, "HAS_GATE": True}),
+    "down": ("down_kernel", {"HAS_BIAS": True, "HAS_GATE": True, "stride_wx": 1}),
+    "down-input": ("down_kernel", {"HAS_BIAS": False, "HAS_GATE": False, "stride_wy": 1}),
     "hidden": ("hidden_gradient_kernel", {"HAS_GATE": True, "GATED": False}),
     "hidden-gated": ("hidden_gradient_kernel", {"HAS_GATE": True, "GATED": True}),
-    "weight-up": ("weight_gradient_kernel", {"HAS_GATE": False, "SUM": "p"}),
-    "weight-down": ("weight_gradient_kernel", {"HAS_GATE": True, "SUM": "q"}),
+    "weight-up": ("weight_gradient_kernel", {"HAS_GATE": False, "SUM": "p", "stride_oq": 1}),
+    "weight-down": ("weight_gradient_kernel", {"HAS_GATE": True, "SUM": "q", "stride_op": 1}),
 }
 QUICK = list(product([80, 90, 120], [torch.bfloat16], ["up", "down", "hidden", "weight-down"]))
 ALL = list(product(ours.ARCHITECTURES, [torch.bfloat16, torch.float32], VARIANTS))
@@ -45,12 +46,8 @@ def compile_for(arch, dtype, variant):
     name, flags = VARIANTS[variant]
     kernel = getattr(triton_kernels, name)
     sizes = ours.config(dtype, 2 if variant == "up-gated" or "hidden" in variant else 1)
-    flags = {"FUNCTION": "quick_gelu", "PRECISION": "tf32", "UPCAST": False, **flags}
-    # The last dimension of every operand is contiguous: triton specializes a stride of 1.
-    flags |= {"stride_xd": 1, "stride_qq": 1}
-    flags |= (
-        {"stride_wx": 1} if variant == "down" else {"stride_op": 1} if variant == "weight-down" else {"stride_oq": 1}
-    )
+    # Triton specializes strides of 1.
+    flags = {"FUNCTION": "quick_gelu", "PRECISION": "tf32", "UPCAST": False, "stride_xd": 1, "stride_qq": 1, **flags}
     blocks = {"BLOCK_M": sizes.m, "BLOCK_N": sizes.n, "BLOCK_K": sizes.k}
     flags |= blocks | {"BLOCK_P": sizes.m, "BLOCK_Q": sizes.n, "BLOCK_R": sizes.k}
     signature, attributes = {}, {}
