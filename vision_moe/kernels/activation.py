@@ -22,24 +22,24 @@ FUSED = {
 QUICK_GELU_SCALE = 1.702
 
 
-def activate_(h_nF: Tensor, function: str) -> Tensor:
-    """The activation, in place.
+def activate(h_nF: Tensor, function: str) -> Tensor:
+    """The activation.
 
     Args:
-        h_nF: float[n, F], overwritten.
+        h_nF: float[n, F].
         function: a value of `FUSED`.
     """
     match function:
         case "quick_gelu":
-            return functional.silu(h_nF.mul_(QUICK_GELU_SCALE), inplace=True).mul_(1 / QUICK_GELU_SCALE)
+            return functional.silu(h_nF * QUICK_GELU_SCALE).mul_(1 / QUICK_GELU_SCALE)
         case "gelu":
-            return torch.ops.aten.gelu_(h_nF)
+            return functional.gelu(h_nF)
         case "gelu_tanh":
-            return torch.ops.aten.gelu_(h_nF, approximate="tanh")
+            return functional.gelu(h_nF, approximate="tanh")
         case "silu":
-            return functional.silu(h_nF, inplace=True)
+            return functional.silu(h_nF)
         case "relu":
-            return h_nF.relu_()
+            return h_nF.relu()
     raise AssertionError(function)
 
 
@@ -66,11 +66,11 @@ def activation_gradient(grad_nF: Tensor, h_nF: Tensor, function: str) -> Tensor:
 
 
 def mlp_activation(h_nH: Tensor, function: str, *, gated: bool) -> Tensor:
-    """Hidden state float[n, F] from the pre-activation, which is overwritten."""
+    """Hidden state float[n, F] from the pre-activation."""
     if not gated:
-        return activate_(h_nH, function)
+        return activate(h_nH, function)
     gate_nF, up_nF = h_nH.chunk(2, dim=-1)
-    return activate_(gate_nF.contiguous(), function).mul_(up_nF)
+    return activate(gate_nF, function).mul_(up_nF)
 
 
 def mlp_activation_gradient(grad_nF: Tensor, h_nH: Tensor, function: str, *, gated: bool) -> Tensor:
@@ -78,7 +78,5 @@ def mlp_activation_gradient(grad_nF: Tensor, h_nH: Tensor, function: str, *, gat
     if not gated:
         return activation_gradient(grad_nF, h_nH, function)
     gate_nF, up_nF = h_nH.chunk(2, dim=-1)
-    # A copy: one row would be contiguous already, and the pre-activation is not ours to overwrite.
-    gate_nF = gate_nF.clone(memory_format=torch.contiguous_format)
     through_gate_nF = activation_gradient(grad_nF * up_nF, gate_nF, function)
-    return torch.cat([through_gate_nF, activate_(gate_nF, function).mul_(grad_nF)], dim=-1)
+    return torch.cat([through_gate_nF, activate(gate_nF, function).mul_(grad_nF)], dim=-1)

@@ -85,9 +85,8 @@ def forward(problem: Problem, *, save: bool) -> tuple[Tensor, Tensor]:
         if function.scale != 1:
             x_nD.mul_(function.scale)
         if save or function.gated:
-            h_nH = gemm.linear(x_nD, w1_HD, b1_H)
-            if save:
-                h_NH[rows].copy_(h_nH)
+            h_nH = h_NH[rows] if save else x_nD.new_empty(len(x_nD), len(w1_HD))
+            gemm.linear_into(x_nD, w1_HD, b1_H, h_nH)
             a_nF = mlp_activation(h_nH, function.name, gated=function.gated)
         else:
             a_nF = gemm.activated_linear(x_nD, w1_HD, b1_H, function.name)
@@ -164,10 +163,10 @@ def _through_w2(problem: Problem, h_nH: Tensor, g_nD: Tensor, out: Gradients, ro
         dh_nH = mlp_activation_gradient(u_nF, h_nH, function.name, gated=function.gated)
     if out.w2_EDF is None and out.gates_TK is None:
         return dh_nH
-    a_nF = mlp_activation(h_nH.clone(), function.name, gated=function.gated)
+    a_nF = mlp_activation(h_nH, function.name, gated=function.gated)
     if out.w2_EDF is not None:
         weighted_nD = (g_nD * (rows.gate_n1 / function.scale)).to(g_nD.dtype)
-        out.w2_EDF[expert] = gemm.weight_gradient(weighted_nD, a_nF)
+        gemm.weight_gradient(weighted_nD, a_nF, out.w2_EDF[expert])
     if out.gates_TK is not None and u_nF is not None:
         dgate_n = a_nF.mul_(u_nF).sum(dim=-1, dtype=out.gates_TK.dtype).div_(function.scale)
         if weights.b2_ED is not None:
@@ -183,7 +182,7 @@ def _through_w1(problem: Problem, dh_nH: Tensor, out: Gradients, rows: _Rows) ->
         out.b1_EH[expert] = (rows.gate_n1.to(dtype).t() @ dh_nH)[0]
     if out.w1_EHD is not None:
         x_nD = (problem.x_TD.index_select(0, rows.token_n) * rows.gate_n1).to(dtype)
-        out.w1_EHD[expert] = gemm.weight_gradient(dh_nH, x_nD)
+        gemm.weight_gradient(dh_nH, x_nD, out.w1_EHD[expert])
     if out.x_TD is not None:
         dx_nD = gemm.input_gradient(dh_nH, problem.weights.w1_EHD[expert])
         out.x_TD.index_add_(0, rows.token_n, dx_nD * rows.gate_n1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vision_moe.kernels.activation import activate_
+from vision_moe.kernels.activation import activate
 
 # oneDNN's post-operations that are exactly our functions.
 _POST_OPS = {"silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
@@ -60,7 +60,7 @@ def activated_linear(x_nI: Tensor, w_OI: Tensor, b_O: Tensor | None, function: s
     """
     if function in _POST_OPS and _use_onednn(x_nI, w_OI, Product.ACTIVATED):
         return _onednn_linear(x_nI, w_OI, b_O, *_POST_OPS[function])
-    return activate_(linear(x_nI, w_OI, b_O), function)
+    return activate(linear(x_nI, w_OI, b_O), function)
 
 
 def input_gradient(grad_nO: Tensor, w_OI: Tensor) -> Tensor:
@@ -68,9 +68,22 @@ def input_gradient(grad_nO: Tensor, w_OI: Tensor) -> Tensor:
     return linear(grad_nO, w_OI.t(), product=Product.INPUT_GRADIENT)
 
 
-def weight_gradient(grad_nO: Tensor, x_nI: Tensor) -> Tensor:
-    """dW = dY^T X, float[O, I]."""
-    return linear(grad_nO.t(), x_nI.t(), product=Product.WEIGHT_GRADIENT)
+def weight_gradient(grad_nO: Tensor, x_nI: Tensor, out_OI: Tensor) -> None:
+    """dW = dY^T X, written to float[O, I]: a stack's gradient is made in place, where torch's product can."""
+    if _use_onednn(grad_nO.t(), x_nI.t(), Product.WEIGHT_GRADIENT):
+        out_OI.copy_(_onednn_linear(grad_nO.t(), x_nI.t(), None, "none", ""))
+    else:
+        torch.mm(grad_nO.t(), x_nI, out=out_OI)
+
+
+def linear_into(x_nI: Tensor, w_OI: Tensor, b_O: Tensor | None, out_nO: Tensor) -> None:
+    """x W^T + b, written to float[n, O]."""
+    if _use_onednn(x_nI, w_OI, Product.FORWARD):
+        out_nO.copy_(_onednn_linear(x_nI, w_OI, b_O, "none", ""))
+    elif b_O is None:
+        torch.mm(x_nI, w_OI.t(), out=out_nO)
+    else:
+        torch.addmm(b_O, x_nI, w_OI.t(), out=out_nO)
 
 
 def onednn_wins(dtype: torch.dtype, product: Product) -> bool:
@@ -111,7 +124,7 @@ def onednn_works(dtype: torch.dtype) -> bool:
     try:
         with torch.no_grad():
             results = [
-                (_onednn_linear(x_nI, w_OI, b_O, *post_op), activate_(functional.linear(x_nI, w_OI, b_O), function))
+                (_onednn_linear(x_nI, w_OI, b_O, *post_op), activate(functional.linear(x_nI, w_OI, b_O), function))
                 for function, post_op in _POST_OPS.items()
             ]
             results.append((_onednn_linear(grad_nO, w_OI.t(), None, "none", ""), grad_nO @ w_OI))
@@ -127,26 +140,36 @@ def onednn_works(dtype: torch.dtype) -> bool:
 def _onednn_wins(dtype: torch.dtype, product: Product, threads: int) -> bool:
     if not onednn_works(dtype):
         return False
-    x_nI, w_OI = _operands(256, 512, 1024, dtype)
-    grad_nO = torch.ones(256, 1024, dtype=dtype)
-    left, right = {
-        Product.INPUT_GRADIENT: (grad_nO, w_OI.t()),
-        Product.WEIGHT_GRADIENT: (grad_nO.t(), x_nI.t()),
-    }.get(product, (x_nI, w_OI))
-
-    def run_torch() -> Tensor:
-        y = functional.linear(left, right)
-        return activate_(y, "silu") if product is Product.ACTIVATED else y
-
-    def run_onednn() -> Tensor:
-        post_op, algorithm = _POST_OPS["silu"] if product is Product.ACTIVATED else ("none", "")
-        return _onednn_linear(left, right, None, post_op, algorithm)
-
+    run_onednn, run_torch = _contenders(dtype, product)
     with torch.no_grad():
         seconds = [(_seconds(run_onednn), _seconds(run_torch)) for _ in range(6)]
     # The first round warms up. The best and not the mean: other programs only ever add time.
     onednn, plain = (min(times) for times in zip(*seconds[1:], strict=True))
     return onednn < _MARGIN * plain
+
+
+def _contenders(dtype: torch.dtype, product: Product) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The same product by oneDNN and by torch."""
+    x_nI, w_OI = _operands(256, 512, 1024, dtype)
+    grad_nO, out_OI = torch.ones(256, 1024, dtype=dtype), torch.empty_like(w_OI)
+    match product:
+        case Product.FORWARD:
+            return (
+                lambda: _onednn_linear(x_nI, w_OI, None, "none", ""),
+                lambda: functional.linear(x_nI, w_OI),
+            )
+        case Product.ACTIVATED:
+            return (
+                lambda: _onednn_linear(x_nI, w_OI, None, *_POST_OPS["silu"]),
+                lambda: activate(functional.linear(x_nI, w_OI), "silu"),
+            )
+        case Product.INPUT_GRADIENT:
+            return lambda: _onednn_linear(grad_nO, w_OI.t(), None, "none", ""), lambda: grad_nO @ w_OI
+        case Product.WEIGHT_GRADIENT:
+            return (
+                lambda: out_OI.copy_(_onednn_linear(grad_nO.t(), x_nI.t(), None, "none", "")),
+                lambda: torch.mm(grad_nO.t(), x_nI, out=out_OI),
+            )
 
 
 def _operands(rows: int, input_dim: int, output_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def forward(problem: Problem, *, save: bool) -> tuple[Tensor, Tensor]:
     h_NH = grouped_mm(problem.x_TD.index_select(0, rows.token_N), weights.w1_EHD.mT, offs=rows.ends_E)
     if weights.b1_EH is not None:
         h_NH += weights.b1_EH[rows.expert_N]
-    a_NF = mlp_activation(h_NH.clone() if save else h_NH, FUSED[problem.activation], gated=weights.is_gated)
+    a_NF = mlp_activation(h_NH, FUSED[problem.activation], gated=weights.is_gated)
     y_ND = grouped_mm(a_NF, weights.w2_EDF.mT, offs=rows.ends_E)
     if weights.b2_ED is not None:
         y_ND += weights.b2_ED[rows.expert_N]
@@ -75,7 +75,7 @@ def backward(problem: Problem, h_NH: Tensor, grad_TD: Tensor, needs: Needs) -> G
     dx = dgates = dw1 = db1 = dw2 = db2 = None
     if needs.b2 and weights.b2_ED is not None:
         db2 = rows.sum_per_expert(weighted_ND)
-    a_NF = mlp_activation(h_NH.clone(), function, gated=gated)
+    a_NF = mlp_activation(h_NH, function, gated=gated)
     if needs.w2:
         dw2 = grouped_mm(weighted_ND.t(), a_NF, offs=rows.ends_E)
     u_NF = grouped_mm(g_ND, weights.w2_EDF, offs=rows.ends_E) if needs.hidden or needs.gates else None

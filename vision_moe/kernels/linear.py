@@ -25,9 +25,11 @@ def _(x_nI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
 def _linear_backward(
     x_nI: Tensor, w_OI: Tensor, grad_nO: Tensor, input_needed: bool, weight_needed: bool
 ) -> tuple[Tensor, Tensor]:
-    empty = grad_nO.new_empty(0)
-    dx_nI = gemm.input_gradient(grad_nO, w_OI) if input_needed else empty
-    return dx_nI, gemm.weight_gradient(grad_nO, x_nI) if weight_needed else empty.clone()
+    dx_nI = gemm.input_gradient(grad_nO, w_OI) if input_needed else grad_nO.new_empty(0)
+    dw_OI = grad_nO.new_empty(w_OI.shape if weight_needed else (0,))
+    if weight_needed:
+        gemm.weight_gradient(grad_nO, x_nI, dw_OI)
+    return dx_nI, dw_OI
 
 
 @_linear_backward.register_fake

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from vision_moe.kernels import gemm
 
@@ -15,7 +16,12 @@ def test_both_roads_compute_a_linear_layer_and_its_gradients(monkeypatch):
         torch.testing.assert_close(gemm.linear(x_nI, w_OI, b_O), x_nI @ w_OI.T + b_O)
         torch.testing.assert_close(gemm.activated_linear(x_nI, w_OI, b_O, "relu"), (x_nI @ w_OI.T + b_O).relu())
         torch.testing.assert_close(gemm.input_gradient(grad_nO, w_OI), grad_nO @ w_OI)
-        torch.testing.assert_close(gemm.weight_gradient(grad_nO, x_nI), grad_nO.T @ x_nI)
+        dw_OI, y_nO = torch.full((3, 5), torch.nan), torch.full((7, 3), torch.nan)
+        gemm.weight_gradient(grad_nO, x_nI, dw_OI)
+        torch.testing.assert_close(dw_OI, grad_nO.T @ x_nI)
+        for bias in (b_O, None):
+            gemm.linear_into(x_nI, w_OI, bias, y_nO)
+            torch.testing.assert_close(y_nO, nn.functional.linear(x_nI, w_OI, bias))
 
 
 def test_measurement_is_taken_once_and_leaves_the_random_state_alone():
