@@ -143,7 +143,7 @@ def _onednn_wins(dtype: torch.dtype, product: Product, threads: int) -> bool:
     run_onednn, run_torch = _contenders(dtype, product)
     with torch.no_grad():
         seconds = [(_seconds(run_onednn), _seconds(run_torch)) for _ in range(6)]
-    # The first round warms up. The best and not the mean: other programs only ever add time.
+    # The first round warms up. The best and not the mean: disturbances only ever add time.
     onednn, plain = (min(times) for times in zip(*seconds[1:], strict=True))
     return onednn < _MARGIN * plain
 
@@ -180,6 +180,7 @@ def _operands(rows: int, input_dim: int, output_dim: int, dtype: torch.dtype) ->
 
 
 def _seconds(function: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
+    # Of the CPU and not of the clock, which also counts the time that other programs took.
+    start = time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.process_time() - start
