@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vision_moe.kernels.interface import NAME as EXPERTS_IMPLEMENTATION
 from vision_moe.model.encoder import EncoderOutput, tower_aux_loss
 from vision_moe.model.outputs import CLIPMoEOutput
 
@@ -20,8 +21,8 @@ class MoEPreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The implementation asked for, or "eager", which is the fast one here: see vision_moe.moe.experts."""
-        return super().get_correct_experts_implementation(requested_experts or "eager")
+        """The implementation asked for, or our kernels: see vision_moe.moe.experts."""
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For models that are not its own, transformers passes over modules without a parameter of their own, such as an

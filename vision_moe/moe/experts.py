@@ -2,8 +2,8 @@
 
 T tokens, D model dim, F hidden dim, E experts, K experts per token, N = T * K routed tokens.
 
-The default implementation is "eager", the forward below, and not transformers' "grouped_mm": torch's grouped_mm ignores
-autocast, so that under bf16 autocast it computes in float32, at several times the cost on a CPU.
+The default implementation is "vision_moe", our kernels, which importing this module registers. "eager" is the forward
+below. transformers' "grouped_mm" ignores autocast: under bf16 autocast it computes in float32.
 """
 
 from typing import Any, Protocol
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
+
+from vision_moe.kernels import interface  # noqa: F401  # registers "vision_moe"
+from vision_moe.kernels.linear import linear
 
 
 class ExpertsConfig(Protocol):
@@ -110,5 +113,5 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Maps float[T, D] to float[T, D]."""
-        h_TF = self.act_fn(nn.functional.linear(x_TD, self.up_proj, self.up_proj_bias))
-        return nn.functional.linear(h_TF, self.down_proj, self.down_proj_bias)
+        h_TF = self.act_fn(linear(x_TD, self.up_proj, self.up_proj_bias))
+        return linear(h_TF, self.down_proj, self.down_proj_bias)

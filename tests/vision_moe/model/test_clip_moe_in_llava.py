@@ -82,6 +82,6 @@ def test_saves_and_reloads_bit_for_bit(llava, batch, tmp_path):
 
 
 def test_experts_run_on_the_fast_default_inside_llava(llava):
-    assert llava.model.vision_tower.config._experts_implementation == "eager"
+    assert llava.model.vision_tower.config._experts_implementation == "vision_moe"
     llava.set_experts_implementation({"vision_config": "grouped_mm"})
     assert llava.model.vision_tower.config._experts_implementation == "grouped_mm"

@@ -254,13 +254,13 @@ def test_a_bfloat16_model_runs_forward_and_backward(make_moe, clip_batch):
     assert all(parameter.grad.isfinite().all() for parameter in moe.parameters())
 
 
-def test_experts_implementation_is_eager_by_default_and_can_be_set(make_moe, clip_batch, tmp_path):
+def test_experts_implementation_is_ours_by_default_and_can_be_set(make_moe, clip_batch, tmp_path):
     moe = make_moe()
-    implementations = {"": "eager", "vision_config": "eager", "text_config": "eager"}
+    implementations = dict.fromkeys(("", "vision_config", "text_config"), "vision_moe")
     assert moe.get_experts_implementation() == implementations
     expected = moe(**clip_batch).logits_per_image
     moe.save_pretrained(tmp_path)
-    for name in ("grouped_mm", "batched_mm"):
+    for name in ("eager", "grouped_mm", "batched_mm"):
         moe.set_experts_implementation(name)
         assert moe.get_experts_implementation() == dict.fromkeys(implementations, name)
         torch.testing.assert_close(moe(**clip_batch).logits_per_image, expected)

@@ -8,6 +8,8 @@ from torch import nn
 
 from vision_moe.moe.experts import Experts
 
+IMPLEMENTATIONS = ["vision_moe", "eager", "grouped_mm", "batched_mm"]
+OURS = ["vision_moe", "eager"]
 SHAPES = [(64, 4, 2, 32, 48), (63, 7, 3, 16, 64), (1, 4, 2, 16, 16), (16, 4, 4, 16, 16), (9, 1, 1, 16, 16)]
 
 
@@ -50,7 +52,7 @@ def run(function, experts, x_TD, gates_TK, upstream_TD):
     return [y_TD, *torch.autograd.grad(y_TD, inputs, upstream_TD)]
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("T", "E", "K", "D", "F"), SHAPES, ids=str)
 def test_implementations_equal_a_loop_over_tokens_with_all_gradients(implementation, T, E, K, D, F):
     torch.manual_seed(0)
@@ -63,7 +65,7 @@ def test_implementations_equal_a_loop_over_tokens_with_all_gradients(implementat
         torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_slots_of_the_expert_past_the_last_are_skipped_with_no_gradient_to_their_gates(implementation):
     """The loop skips them; token 0 keeps no slot, and one slot of a dropped token names a gate that is not 0."""
     torch.manual_seed(0)
@@ -87,9 +89,10 @@ def test_skipped_slots_are_not_computed():
     assert rows == [2, 0, 1, 0]
 
 
-def test_autograd_agrees_with_finite_differences():
+@pytest.mark.parametrize("implementation", OURS)
+def test_autograd_agrees_with_finite_differences(implementation):
     torch.manual_seed(0)
-    experts = make_experts(3, 4, 5).double()
+    experts = make_experts(3, 4, 5, implementation).double()
     x_TD, experts_TK, gates_TK = make_routing(6, 3, 2, 4)
     inputs = [x_TD.detach().double().requires_grad_(), gates_TK.detach().double().requires_grad_()]
     assert torch.autograd.gradcheck(
@@ -97,27 +100,30 @@ def test_autograd_agrees_with_finite_differences():
     )
 
 
-def test_an_expert_without_tokens_gets_a_zero_gradient_and_not_none():
+@pytest.mark.parametrize("implementation", OURS)
+def test_an_expert_without_tokens_gets_a_zero_gradient_and_not_none(implementation):
     """DDP and ZeRO wait for every parameter."""
     torch.manual_seed(0)
-    experts = make_experts(4, 8, 16)
+    experts = make_experts(4, 8, 16, implementation)
     experts(torch.randn(5, 8), torch.full((5, 1), 2), torch.ones(5, 1)).sum().backward()
     for parameter in experts.parameters():
         assert parameter.grad[2].abs().sum() > 0
         assert parameter.grad[[0, 1, 3]].abs().sum() == 0
 
 
-def test_zero_tokens_give_zero_rows_and_gradients():
-    experts = make_experts(4, 8, 16)
+@pytest.mark.parametrize("implementation", OURS)
+def test_zero_tokens_give_zero_rows_and_gradients(implementation):
+    experts = make_experts(4, 8, 16, implementation)
     y_TD = experts(torch.randn(0, 8), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
     y_TD.sum().backward()
     assert y_TD.shape == (0, 8)
     assert all(parameter.grad is not None for parameter in experts.parameters())
 
 
-def test_result_is_bitwise_repeatable():
+@pytest.mark.parametrize("implementation", OURS)
+def test_result_is_bitwise_repeatable(implementation):
     torch.manual_seed(0)
-    experts = make_experts(4, 32, 48)
+    experts = make_experts(4, 32, 48, implementation)
     x_TD, experts_TK, gates_TK = make_routing(500, 4, 3, 32)
     first, second = (
         run(lambda: experts(x_TD, experts_TK, gates_TK), experts, x_TD, gates_TK, torch.ones(500, 32)) for _ in range(2)
@@ -125,7 +131,7 @@ def test_result_is_bitwise_repeatable():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_autocast_stays_close_to_float32(implementation):
     torch.manual_seed(0)
     experts = make_experts(4, 64, 128, implementation)
@@ -143,8 +149,8 @@ def test_bfloat16_autocast_stays_close_to_float32(implementation):
         assert (mine - truth).norm() < 0.01 * truth.norm()
 
 
-def test_default_implementation_honors_autocast():
-    """grouped_mm would compute in float32; the default must do the matrix products in bfloat16."""
+def test_eager_implementation_honors_autocast():
+    """grouped_mm would compute in float32; this must do the matrix products in bfloat16."""
     experts = make_experts(4, 64, 128)
     x_TD, experts_TK, gates_TK = make_routing(20, 4, 2, 64)
     seen = set()

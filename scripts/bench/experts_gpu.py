@@ -1,0 +1,75 @@
+"""Expert layers on one GPU: the Triton and grouped_mm backends and transformers' grouped_mm against a per-expert loop.
+
+.venv/bin/python scripts/bench/experts_gpu.py --rounds 20 --output runs/bench/experts_gpu.json
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from experts import CASES, Case, Inputs, make_inputs, make_variants, runner
+from measure import Row, print_table, rows_of, write_json
+from torch import Tensor, nn
+
+from vision_moe.kernels import ExpertWeights, routed_mlp
+from vision_moe.moe.experts import Experts
+
+LARGE = (Case("L/14-336 B=32", 32 * 577, 1024, 4096, 4), Case("B/16 B=128 E=8", 128 * 197, 768, 3072, 8))
+
+
+class OnBackend(nn.Module):
+    """Our experts on one backend."""
+
+    def __init__(self, experts: Experts, backend: str) -> None:
+        super().__init__()
+        self.experts = experts
+        self.backend = backend
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `Experts.forward`."""
+        experts = self.experts
+        weights = ExpertWeights(experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
+        return routed_mlp(hidden_states, top_k_index, top_k_weights, weights, "quick_gelu", self.backend)
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """GPU time between two events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def main() -> None:
+    """Prints one table of ratios and writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=Path("runs/bench/experts_gpu.json"))
+    args = parser.parse_args()
+    rows: list[Row] = []
+    for case in (*CASES, *LARGE):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            inputs = Inputs(*(tensor.cuda() for tensor in make_inputs(case, dtype)))
+            variants = make_variants(case, dtype)
+            ours = variants.pop("vision_moe")
+            variants |= {f"vision_moe {backend}": OnBackend(ours, backend) for backend in ("triton", "grouped", "auto")}
+            for kind in ("forward", "training", "router"):
+                runners = {name: runner(module.cuda(), inputs, kind) for name, module in variants.items()}
+                for run in runners.values():
+                    # Compiles, and warms up.
+                    milliseconds(run)
+                turns = [{name: milliseconds(run) for name, run in runners.items()} for _ in range(args.rounds)]
+                seconds = {name: [turn[name] / 1000 for turn in turns] for name in runners}
+                flop = case.flop * {"forward": 1, "training": 3, "router": 2}[kind]
+                for row in rows_of(seconds, "loop", case=case.name, dtype=str(dtype), **{"pass": kind}):
+                    rows.append({**row, "tflops": flop / float(row["seconds"]) / 1e12})
+    print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    print_table(rows, ("case", "dtype", "pass", "variant", "ratio", "ratio_min", "ratio_max", "seconds", "tflops"))
+    write_json(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()
