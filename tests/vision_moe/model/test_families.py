@@ -131,7 +131,7 @@ def test_folders_give_the_same_model_back(make_family, family_batch, family, tmp
     with torch.no_grad():
         assert torch.equal(again(**batch).logits_per_image, moe(**batch).logits_per_image)
     assert again.vision_model.config is again.config.vision_config
-    assert again.get_experts_implementation()[""] == "eager"
+    assert again.get_experts_implementation()[""] == "vision_moe"
 
 
 def test_router_logits_and_aux_loss_are_those_of_the_valid_tokens(make_family, family_batch, family):
