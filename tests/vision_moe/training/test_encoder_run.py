@@ -207,8 +207,8 @@ def test_two_processes_train_what_one_process_trains(unbroken, flags, tmp_path):
     command = [*launch, "-m", "vision_moe.train", *flags(output)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    # Sums in another order: equal to rounding. Adam's first steps make whole steps of the rounding of a gradient near 0,
-    # so single entries may differ.
+    # Sums in another order: equal to rounding. Adam's first steps make whole steps of the rounding of a gradient near
+    # 0, so single entries may differ.
     for stage in ("dense", "dmu"):
         ours, theirs = weights(output, stage), weights(unbroken, stage)
         start = weights(unbroken, "dense") if stage == "dmu" else {}
