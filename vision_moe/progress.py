@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 
 def headline(logs: dict[str, Any] | None) -> dict[str, Any]:
@@ -10,29 +17,23 @@ def headline(logs: dict[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (logs or {}).items() if "/" not in name}
 
 
-class HeadlineProgress(ProgressCallback):
+class _Headline(TrainerCallback):
+    """Base beside a callback of transformers, before it."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().on_log(args, state, control, logs=headline(logs), **kwargs)
+
+
+class HeadlineProgress(_Headline, ProgressCallback):
     """A progress bar, and the headline of each log."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().on_log(args, state, control, logs=headline(logs), **kwargs)
 
-
-class HeadlinePrinter(PrinterCallback):
+class HeadlinePrinter(_Headline, PrinterCallback):
     """The headline of each log, where stderr is no terminal."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().on_log(args, state, control, logs=headline(logs), **kwargs)
