@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.labelled import SUFFIXES, decoded, files_digest
+from eval.labelled import SUFFIXES, decoded
 from vision_moe.data.archive import Member, index
+from vision_moe.data.readable import files_fingerprint
 
 
 class ClassShards:
@@ -67,7 +68,7 @@ class ClassShards:
     @property
     def fingerprint(self) -> str:
         """Hash of names, sizes and times of the shards."""
-        return files_digest(self._shards)
+        return files_fingerprint(self._shards)
 
 
 def _read(shard: Path, member: Member) -> bytes:

@@ -3,7 +3,6 @@
 Shapes: N pictures, C classes.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vision_moe.data.picture import decode
+from vision_moe.data.readable import files_fingerprint
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
@@ -84,7 +84,7 @@ class LabelledFiles:
     @property
     def fingerprint(self) -> str:
         """Hash of names, sizes and times of all files."""
-        return files_digest(self._files, str(self._border))
+        return f"{files_fingerprint(self._files)}-{self._border}"
 
 
 def class_folders(folder: Path) -> LabelledFiles:
@@ -120,12 +120,3 @@ def decoded(encoded: bytes, where: object) -> Image.Image:
     except OSError as error:
         # Skipping it would give a number over other pictures than the benchmark's.
         raise OSError(f"{where} cannot be read ({error}); mend or replace it") from error
-
-
-def files_digest(files: Sequence[Path], more: str = "") -> str:
-    """Hash of names, sizes and times of files, and of `more`."""
-    digest = hashlib.blake2b(more.encode(), digest_size=16)
-    for path in files:
-        stat = path.stat()
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -79,7 +79,7 @@ def build_llava(
         vision_config=tower.config,
         text_config=llm.config,
         image_token_index=words.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+        image_seq_length=_num_image_tokens(tower.config),
         projector_hidden_act=activation,
         vision_feature_layer=-1,
         vision_feature_select_strategy=_select_strategy(tower.config),
@@ -132,7 +132,7 @@ def build_processor(
     vision_config = getattr(config, "vision_config", config)
     words = _prepared_tokenizer(language_model)
     processor = _processor(vision_config, words, image_aspect_ratio, vision)
-    return processor, (vision_config.image_size // vision_config.patch_size) ** 2
+    return processor, _num_image_tokens(vision_config)
 
 
 def save(model: PreTrainedModel, processor: LlavaProcessor, folder: Path) -> None:
@@ -228,3 +228,8 @@ def _processor(
 def _select_strategy(vision_config: PreTrainedConfig) -> str:
     """LLaVA's word for the patches alone: "default" drops the class token, "full" drops nothing."""
     return "default" if tower_family(vision_config).class_token else "full"
+
+
+def _num_image_tokens(vision_config: PreTrainedConfig) -> int:
+    """Patches of a picture; the class token is never among them."""
+    return int(vision_config.image_size // vision_config.patch_size) ** 2

@@ -20,6 +20,7 @@ from vision_moe.cluster import accumulate_labels, kmeans
 from vision_moe.distributed import is_main
 from vision_moe.features import extract_features, weights_fingerprint
 from vision_moe.files import write_json
+from vision_moe.mixture import make_mixture
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.stages import Stage, StageRunner
 from vision_moe.upcycle import merge_donors
@@ -120,15 +121,5 @@ def _stage_labels(runner: StageRunner, number: int, model_folder: Path, previous
 
 
 def _merge(runner: StageRunner, start: Path, donors: list[Path]) -> PreTrainedModel:
-    moe = runner.config.moe
-    model = merge_donors(
-        AutoModel.from_pretrained(start),
-        [AutoModel.from_pretrained(donor) for donor in donors],
-        num_experts_per_tok=moe.num_experts_per_tok,
-        layers=moe.tower_layers,
-        towers=moe.towers,
-        router_std=moe.router_std,
-        seed=runner.config.seed,
-        **moe.model_fields,
-    )
-    return runner.init_routers(model, moe)
+    models = [AutoModel.from_pretrained(donor) for donor in donors]
+    return make_mixture(runner, runner.config.moe, partial(merge_donors, AutoModel.from_pretrained(start), models))

@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoModel, CLIPConfig
 
 from vision_moe.config import parse
 from vision_moe.files import write_json
+from vision_moe.mixture_config import resolve_layers
 from vision_moe.model import CLIPMoEConfig
 from vision_moe.model.configuration import MoEFields
 from vision_moe.model.counts import count_parameters
 from vision_moe.tracking import setup_logging
-from vision_moe.upcycle import resolve_layers
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers import CLIPProcessor, set_seed
 
+from vision_moe.mixture_config import resolve_layers
 from vision_moe.model import LIMoEConfig, LIMoEModel
 from vision_moe.moe.losses import AuxLossWeights
 from vision_moe.recipe import OneTowerConfig, ScratchConfig, TrainConfig
 from vision_moe.scratch import sincos_positions
-from vision_moe.upcycle import resolve_layers
 
 
 def build_limoe(config: TrainConfig, processor: CLIPProcessor) -> LIMoEModel:

@@ -137,13 +137,9 @@ def _watched(
         assert isinstance(mlp, MoEMLP)
         x_BSD = inputs[0]
         mask_BS = mlp.padding_mask if isinstance(mlp, RoutedMLP) else inputs[1] if len(inputs) > 1 else None
-        x_VD, token_V = x_BSD.flatten(0, 1), torch.arange(x_BSD.shape[0] * x_BSD.shape[1], device=x_BSD.device)
-        if mask_BS is not None:
-            token_V = token_V[mask_BS.flatten().bool()]
-            x_VD = x_VD[token_V]
-        logits_BSE = mlp.router(x_BSD.flatten(0, 1)).router_logits_TE.unflatten(0, x_BSD.shape[:2])
-        routed, experts_VK = mlp.assign(logits_BSE, mask_BS)
-        visit = Visit(modality, blocks[mlp], mlp, index_B, token_V, x_VD, routed, experts_VK)
+        route = mlp.route(x_BSD, mask_BS)
+        where = (modality, blocks[mlp], mlp, index_B)
+        visit = Visit(*where, route.token_V, route.x_VD, route.routed, route.experts_VK)
         for visitor in visitors:
             visitor(visit)
 

@@ -5,14 +5,13 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vision_moe.checkpoint import last_checkpoint, write_folder
@@ -24,11 +23,9 @@ from vision_moe.distributed import barrier, is_main, rank, sum_over_ranks, world
 from vision_moe.files import write_json
 from vision_moe.freeze import set_trainable
 from vision_moe.model.families import ENCODER_BY_TYPE, text_padding
-from vision_moe.moe_recipe import MoEConfig
 from vision_moe.muon import MuonAdamW
 from vision_moe.recipe import StageConfig, TrainConfig
 from vision_moe.router_bias import RouterBiasCallback
-from vision_moe.router_init import router_from_centroids
 from vision_moe.tracking import MetricsCallback
 from vision_moe.trainer import ContrastiveTrainer, training_arguments
 from vision_moe.training_data import TrainingData
@@ -161,33 +158,6 @@ class StageRunner:
             self.processor.save_pretrained(path)
 
         write_folder(folder, write)
-
-    def init_routers(self, model: PreTrainedModel, moe: MoEConfig) -> PreTrainedModel:
-        """Starts the routers as the recipe says, on every rank alike, and returns the model."""
-        if moe.router_init == "centroids":
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            experts_per_cluster = round(1 / model.config.vision_config.expert_width_factor)
-            router_from_centroids(
-                model.to(device),
-                self._batches(device, CaptionCollator(self.processor, padding=text_padding(model.config))),
-                seed=self.config.seed,
-                experts_per_cluster=experts_per_cluster,
-            )
-        return model
-
-    def _batches(self, device: torch.device, collator: CaptionCollator) -> Iterator[dict[str, Tensor]]:
-        """One pass over the training set in random order, the same on every rank."""
-        size = min(self.config.feature_batch_size, len(self.dataset))
-        sampler = EpochBatchSampler(len(self.dataset), size, len(self.dataset) // size, self.config.seed)
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=sampler,
-            collate_fn=collator,
-            num_workers=self.config.data.num_workers,
-        )
-        for batch in loader:
-            del batch["index"]
-            yield {name: value.to(device) for name, value in batch.items()}
 
     def _sampler(self, stage: Stage, num_steps: int) -> EpochBatchSampler | ClusterBatchSampler:
         batch, seed = self.config.global_batch_size, self.config.seed

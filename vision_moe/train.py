@@ -22,6 +22,7 @@ from vision_moe.dmu import run_dmu, stage_samples, total_samples
 from vision_moe.encoder_report import open_eval_data, write_report
 from vision_moe.launcher import die_with_launcher
 from vision_moe.limoe import build_limoe
+from vision_moe.mixture import make_mixture
 from vision_moe.model.families import encoder_family
 from vision_moe.positions import stretch_text
 from vision_moe.processor import load_processor
@@ -130,17 +131,8 @@ def _full_stage(name: str, config: StageConfig, baseline_samples: int) -> Stage:
 
 def _sparse_upcycling(runner: StageRunner, start: Path) -> PreTrainedModel:
     moe = runner.config.sparse_moe
-    model = upcycle(
-        AutoModel.from_pretrained(start),
-        num_experts=moe.num_experts,
-        num_experts_per_tok=moe.num_experts_per_tok,
-        layers=moe.tower_layers,
-        towers=moe.towers,
-        router_std=moe.router_std,
-        seed=runner.config.seed,
-        **moe.model_fields,
-    )
-    return runner.init_routers(model, moe)
+    make = partial(upcycle, AutoModel.from_pretrained(start), num_experts=moe.num_experts)
+    return make_mixture(runner, moe, make)
 
 
 if __name__ == "__main__":

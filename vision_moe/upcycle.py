@@ -5,22 +5,18 @@
 """
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from vision_moe.expert_tensors import EXPERT_NAMES, ROUTER_NAMES, SHARED_NAMES, expert_part, num_parts
-from vision_moe.model.configuration import MoEFields
-from vision_moe.model.families import ENCODER_FAMILIES, TOWERS, block_tensor, encoder_family, tower_family
+from vision_moe.mixture_config import Layers, dense_config, moe_config
+from vision_moe.model.families import ENCODER_FAMILIES, TOWERS, block_tensor, tower_family
 
 logger = logging.getLogger(__name__)
-
-TowerLayers = str | int | Sequence[int]
-Layers = TowerLayers | Mapping[str, TowerLayers]
 
 
 def upcycle(
@@ -123,7 +119,7 @@ def expert_as_dense(moe: PreTrainedModel, expert: int) -> PreTrainedModel:
             state[f"{part.block}.{dense_name}"] = tensor[expert].clone()
         elif part is None or part.leaf not in ROUTER_NAMES:
             state[name] = tensor.clone()
-    return _load(_dense_config(moe.config), state, like=moe)
+    return _load(dense_config(moe.config), state, like=moe)
 
 
 def _check_expert(tower: Any, expert: int) -> None:
@@ -144,19 +140,6 @@ def _check_expert(tower: Any, expert: int) -> None:
         )
 
 
-def _dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the family's dense model: without the mixture's fields."""
-
-    def fields(tower: str) -> dict[str, Any]:
-        own = getattr(config, f"{tower}_config")
-        family = tower_family(own)
-        dropped = {*MoEFields.__dataclass_fields__, *family.moe_only}
-        return {**{k: v for k, v in _tower_fields(own).items() if k not in dropped}, "model_type": family.dense}
-
-    towers = {f"{tower}_config": fields(tower) for tower in TOWERS}
-    return CONFIG_MAPPING[encoder_family(config).dense](**_shared_fields(config), **towers)
-
-
 def _build(
     sources: Sequence[PreTrainedModel],
     num_experts_per_tok: int,
@@ -174,7 +157,7 @@ def _build(
     for source in sources:
         _check_source(source, sources[0])
     base = sources[0]
-    config = _moe_config(base, len(sources), num_experts_per_tok, layers, towers, fields or {})
+    config = moe_config(base.config, len(sources), num_experts_per_tok, layers, towers, fields or {})
     parts = num_parts(config.vision_config)
     scale = 0.5 if config.vision_config.shared_expert else 1.0
     states = [source.state_dict() for source in sources]
@@ -211,72 +194,6 @@ def _load(config: PreTrainedConfig, state: dict[str, Tensor], *, like: PreTraine
     assert not info["unexpected_keys"], info
     model.name_or_path = model.config.name_or_path = ""  # transformers writes the None above as a path
     return model.to(like.device).train(like.training)
-
-
-def _moe_config(
-    base: PreTrainedModel,
-    num_experts: int,
-    num_experts_per_tok: int,
-    layers: Layers,
-    towers: Iterable[str],
-    moe_fields: Mapping[str, Any],
-) -> PreTrainedConfig:
-    towers = tuple(towers)
-    allowed = MoEFields.__dataclass_fields__.keys() - {"num_experts", "num_experts_per_tok", "moe_layers"}
-    if unknown := sorted(moe_fields.keys() - allowed):
-        raise ValueError(f"unknown fields {', '.join(unknown)}; choose among {', '.join(sorted(allowed))}")
-    if not towers or not set(towers) <= set(TOWERS):
-        raise ValueError(f"towers must be one or both of {', '.join(TOWERS)}, but got {towers}")
-    chosen = layers if isinstance(layers, Mapping) else dict.fromkeys(towers, layers)
-    if missing := sorted(set(towers) - chosen.keys()):
-        raise ValueError(f"layers must name the blocks of each of towers={towers}, but lacks {', '.join(missing)}")
-
-    def fields(tower: str) -> dict[str, Any]:
-        config = getattr(base.config, f"{tower}_config")
-        return {
-            **_tower_fields(config),
-            **moe_fields,
-            "model_type": tower_family(config).moe,
-            "num_experts": num_experts,
-            "num_experts_per_tok": num_experts_per_tok,
-            "moe_layers": resolve_layers(chosen[tower], config.num_hidden_layers) if tower in towers else [],
-        }
-
-    both = {f"{tower}_config": fields(tower) for tower in TOWERS}
-    return CONFIG_MAPPING[encoder_family(base.config).moe](**_shared_fields(base.config), **both)
-
-
-def _tower_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """A tower's fields, without those that name its class or follow from others."""
-    skipped = {"model_type", "architectures", *tower_family(config).depth_fields}
-    return {k: v for k, v in config.to_dict().items() if k not in skipped}
-
-
-def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """A dual encoder's fields, without its towers' and those that name its class."""
-    skipped = ("model_type", "architectures", *(f"{tower}_config" for tower in TOWERS))
-    return {k: v for k, v in config.to_dict().items() if k not in skipped}
-
-
-def resolve_layers(layers: TowerLayers, depth: int) -> list[int]:
-    """Indices of the MoE blocks in a tower of `depth` blocks; see `upcycle`.
-
-    Raises:
-        ValueError: if the choice is unknown or not in the tower.
-    """
-    if isinstance(layers, str):
-        match = re.fullmatch(r"all|odd|every_([1-9]\d*)", layers)
-        if match is None:
-            raise ValueError(f"layers must be 'all', 'odd', 'every_n', an int or a list of ints, but got {layers!r}")
-        step = {"all": 1, "odd": 2}.get(layers) or int(match[1])
-        return list(range(step - 1, depth, step))
-    if isinstance(layers, int):
-        if layers < 1:
-            raise ValueError(f"layers, the number of last blocks, must be at least 1, but got {layers}")
-        return list(range(max(0, depth - layers), depth))
-    if len(set(layers)) != len(layers) or not all(0 <= layer < depth for layer in layers):
-        raise ValueError(f"layers must be distinct and in [0, {depth}) for a tower of {depth} blocks, but got {layers}")
-    return sorted(layers)
 
 
 def _check_source(source: PreTrainedModel, base: PreTrainedModel) -> None:

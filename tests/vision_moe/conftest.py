@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     AutoModel,
     CLIPConfig,
@@ -115,6 +116,13 @@ def clip_sizes() -> dict[str, Any]:
     }
 
 
+def shake(model: nn.Module) -> None:
+    """Adds noise to every weight, so that nothing stays at 0 or 1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
 @pytest.fixture
 def make_dense_clip(clip_sizes: dict[str, Any]) -> Callable[[int], CLIPModel]:
     """Makes the tiny dense CLIP of a seed, in evaluation mode, with biases and norms away from 0 and 1."""
@@ -122,9 +130,7 @@ def make_dense_clip(clip_sizes: dict[str, Any]) -> Callable[[int], CLIPModel]:
     def make(seed: int) -> CLIPModel:
         torch.manual_seed(seed)
         model = CLIPModel(CLIPConfig(**clip_sizes)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+        shake(model)
         return model
 
     return make
@@ -139,9 +145,7 @@ def make_limoe() -> Callable[..., LIMoEModel]:
         sizes = {**_TOWER_SIZES, **text, "image_size": 32, "patch_size": 8, "moe_layers": [1]}
         torch.manual_seed(seed)
         model = LIMoEModel(LIMoEConfig(**{**sizes, **fields})).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+        shake(model)
         return model
 
     return make
@@ -209,9 +213,7 @@ def make_family() -> Callable[..., PreTrainedModel]:
         config_class, vision, text = _FAMILIES[family]
         torch.manual_seed(seed)
         model = AutoModel.from_config(config_class(vision_config=vision, text_config=text)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+        shake(model)
         return model
 
     return make

@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 
+from vision_moe.mixture_config import resolve_layers
 from vision_moe.model import CLIPMoEConfig, CLIPMoEModel
 from vision_moe.moe.experts import Experts
-from vision_moe.upcycle import expert_as_dense, merge_donors, resolve_layers, upcycle
+from vision_moe.upcycle import expert_as_dense, merge_donors, upcycle
 
 FC_OF_EXPERTS = {
     "up_proj": "fc1.weight",

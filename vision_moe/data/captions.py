@@ -103,7 +103,7 @@ class CaptionDataset(Dataset[CaptionSample]):
     def fingerprint(self) -> str:
         """Changes with the files (names, sizes, times), the pictures left out, captions and seed."""
         captions = self.config.caption_weights or self.config.caption_field
-        return f"{files_fingerprint(self.source)[:16]}-{len(self)}-{captions}-{self.seed}"
+        return f"{files_fingerprint(self.source.files())[:16]}-{len(self)}-{captions}-{self.seed}"
 
     def _position(self, index: int) -> int:
         if not 0 <= index < len(self):

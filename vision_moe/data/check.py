@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from vision_moe.config import parse
 from vision_moe.data.captions import check_field
 from vision_moe.data.check_report import CheckReport
+from vision_moe.data.collate import stated_length
 from vision_moe.data.examine import Finding, examine
 from vision_moe.data.hf import stream_hf
 from vision_moe.data.read_config import ReadConfig
@@ -28,9 +29,6 @@ from vision_moe.data.tar_shards import TarShards
 from vision_moe.data.urls import is_remote
 from vision_moe.files import write_json
 from vision_moe.tracking import setup_logging
-
-# transformers gives tokenizers without a stated length 1e30.
-_LONGEST_PLAUSIBLE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +160,12 @@ def _tokens(config: CheckConfig) -> tuple[Callable[[Sequence[str]], list[int]] |
     if config.tokenizer is None:
         return None, None
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    limit = tokenizer.model_max_length if config.max_tokens is None else config.max_tokens
+    limit = stated_length(tokenizer) if config.max_tokens is None else config.max_tokens
     # Its warnings about long captions are what is being counted here.
     count: Callable[[Sequence[str]], list[int]] = lambda captions: [  # noqa: E731
         len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"]
     ]
-    return count, None if limit > _LONGEST_PLAUSIBLE else limit
+    return count, limit
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:

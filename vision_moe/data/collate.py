@@ -1,7 +1,7 @@
 """Pictures and captions of a batch, made into the tensors that a dual encoder takes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,12 @@ from vision_moe.data.captions import CaptionSample
 _TEXT_INPUTS = ("input_ids", "attention_mask")
 # transformers gives tokenizers without a stated length 1e30.
 _LONGEST_PLAUSIBLE = 1_000_000
+
+
+def stated_length(tokenizer: Any) -> int | None:
+    """A tokenizer's limit; None if it states none."""
+    length = int(tokenizer.model_max_length)
+    return None if length > _LONGEST_PLAUSIBLE else length
 
 
 class CaptionCollator:
@@ -35,11 +41,12 @@ class CaptionCollator:
     ) -> None:
         self.processor = processor
         self.padding = padding
-        self.max_length = processor.tokenizer.model_max_length if max_length is None else max_length
-        if self.max_length > _LONGEST_PLAUSIBLE:
+        stated = stated_length(processor.tokenizer) if max_length is None else max_length
+        if stated is None:
             raise ValueError(
                 "the tokenizer states no model_max_length; pass max_length, the text tower's max_position_embeddings"
             )
+        self.max_length = stated
 
     def __call__(self, samples: Sequence[CaptionSample]) -> dict[str, Tensor]:
         """Batch of samples.

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def find_unreadable(source: Source, config: ReadConfig, *, check_cache: Path | N
     """
     # Without a cache the other ranks have nothing to wait for.
     with nullcontext() if check_cache is None else main_first():
-        key = f"{files_fingerprint(source)}-{all_fields(config)}-{config.max_pixels}"
+        key = f"{files_fingerprint(source.files())}-{all_fields(config)}-{config.max_pixels}"
         if check_cache is not None and check_cache.is_file():
             kept = json.loads(check_cache.read_text(encoding="utf-8"))
             if kept["fingerprint"] == key:
@@ -67,10 +67,10 @@ def check_share(source: Source, unreadable: dict[int, str], max_share: float, ch
     logger.warning("skipped: %s", message)
 
 
-def files_fingerprint(source: Source) -> str:
-    """Hash of names, sizes and modification times of all files of a source; a missing file counts as such."""
+def files_fingerprint(files: Iterable[Path]) -> str:
+    """Hash of names, sizes and modification times; a missing file counts as such."""
     digest = hashlib.sha256()
-    for path in source.files():
+    for path in files:
         try:
             stat = path.stat()
             digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())

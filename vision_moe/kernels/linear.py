@@ -6,12 +6,12 @@ n rows, I input dim, O output dim.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from vision_moe.kernels import gemm
 
 
-@torch.library.custom_op("vision_moe::linear", mutates_args=())
+@library.custom_op("vision_moe::linear", mutates_args=())
 def _linear(x_nI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
     return gemm.linear(x_nI, w_OI, b_O)
 
@@ -21,7 +21,7 @@ def _(x_nI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
     return x_nI.new_empty(x_nI.shape[0], w_OI.shape[0])
 
 
-@torch.library.custom_op("vision_moe::linear_backward", mutates_args=())
+@library.custom_op("vision_moe::linear_backward", mutates_args=())
 def _linear_backward(
     x_nI: Tensor, w_OI: Tensor, grad_nO: Tensor, input_needed: bool, weight_needed: bool
 ) -> tuple[Tensor, Tensor]:

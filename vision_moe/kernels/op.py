@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vision_moe.kernels import cpu, grouped
 from vision_moe.kernels.problem import ExpertWeights, Needs, Problem
@@ -31,7 +31,7 @@ def _log_pick(backend: str, device: str, dtype: torch.dtype) -> None:
     logger.info("experts on %s in %s: backend %s", device, dtype, backend)
 
 
-@torch.library.custom_op("vision_moe::routed_mlp", mutates_args=())
+@library.custom_op("vision_moe::routed_mlp", mutates_args=())
 def routed_mlp(
     x_TD: Tensor,
     gates_TK: Tensor | None,
@@ -72,7 +72,7 @@ def _(
     return y_TD, x_TD.new_empty(len(order_N) if save else 0, w1_EHD.shape[1])
 
 
-@torch.library.custom_op("vision_moe::routed_mlp_backward", mutates_args=())
+@library.custom_op("vision_moe::routed_mlp_backward", mutates_args=())
 def routed_mlp_backward(
     x_TD: Tensor,
     gates_TK: Tensor | None,

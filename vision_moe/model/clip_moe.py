@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPPreTrainedModel, CLIPTextModel, CLIPVisionModel
-from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, CLIPVisionEmbeddings
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -20,7 +19,6 @@ from vision_moe.model.encoder import CLIPMoEEncoder, CLIPMoEEncoderLayer
 from vision_moe.model.outputs import CLIPMoEOutput, CLIPMoETowerOutput
 from vision_moe.model.pretrained import MoEPreTrainedModel
 from vision_moe.moe.experts import Experts, SharedExpert
-from vision_moe.moe.router import Router
 
 
 class CLIPMoEPreTrainedModel(MoEPreTrainedModel, CLIPPreTrainedModel):
@@ -35,21 +33,14 @@ class CLIPMoEPreTrainedModel(MoEPreTrainedModel, CLIPPreTrainedModel):
         "router_logits": OutputRecorder(CLIPMoEEncoderLayer, index=1),
     }
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+    def _router_deviation(self) -> float:
+        return float(self.config.get_text_config().initializer_range * self.config.initializer_factor)
+
+    def _expert_deviations(self, experts: Experts | SharedExpert) -> tuple[float, float]:
+        # CLIPMLP's fc1 and fc2.
+        dim, depth = experts.config.hidden_size, experts.config.num_hidden_layers
         factor = self.config.initializer_factor
-        if isinstance(module, Router):
-            init.normal_(module.weight, std=self.config.get_text_config().initializer_range * factor)
-            if module.choice_bias is not None:
-                init.zeros_(module.choice_bias)
-        elif isinstance(module, Experts | SharedExpert):
-            # As CLIPMLP's fc1 and fc2, so that an expert starts as the MLP it replaces would.
-            dim, depth = module.config.hidden_size, module.config.num_hidden_layers
-            init.normal_(module.up_proj, std=(2 * dim) ** -0.5 * factor)
-            init.normal_(module.down_proj, std=dim**-0.5 * (2 * depth) ** -0.5 * factor)
-            init.zeros_(module.up_proj_bias)
-            init.zeros_(module.down_proj_bias)
+        return (2 * dim) ** -0.5 * factor, dim**-0.5 * (2 * depth) ** -0.5 * factor
 
 
 class CLIPMoEVisionModel(CLIPMoEPreTrainedModel, CLIPVisionModel):

@@ -13,7 +13,7 @@ from vision_moe.kernels.linear import Linear
 from vision_moe.model.configuration import CLIPMoETextConfig, CLIPMoEVisionConfig
 from vision_moe.model.configuration_limoe import LIMoEConfig
 from vision_moe.moe.layer import MoEMLP
-from vision_moe.moe.losses import AuxLossWeights, aux_loss, local_entropy_loss
+from vision_moe.moe.losses import AuxLossWeights, aux_loss, local_entropy_loss, share_logits
 
 TowerConfig = CLIPMoEVisionConfig | CLIPMoETextConfig | LIMoEConfig
 LayerOutput = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -164,9 +164,7 @@ def gate_statistics(
     gates, entropies = [], []
     for logits_BSE in encoded.router_logits:
         logits_TE = logits_BSE.flatten(0, 1) if mask_BS is None else logits_BSE[mask_BS]
-        if config.scoring_func == "sigmoid":
-            # As in the router losses: the sigmoids over their sum.
-            logits_TE = nn.functional.logsigmoid(logits_TE)
+        logits_TE = share_logits(logits_TE, config.scoring_func)
         gates.append(logits_TE.softmax(dim=-1).mean(dim=0))
         entropies.append(local_entropy_loss(logits_TE))
     return torch.stack(gates), torch.stack(entropies)

@@ -2,16 +2,23 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 
 from vision_moe.kernels.interface import NAME as EXPERTS_IMPLEMENTATION
 from vision_moe.model.encoder import EncoderOutput, tower_aux_loss
 from vision_moe.model.outputs import CLIPMoEOutput
+from vision_moe.moe.experts import Experts, SharedExpert
+from vision_moe.moe.router import Router
 
 
 class MoEPreTrainedModel(PreTrainedModel):
-    """Base beside the family's own: the experts' implementation, and what a tower returns of its routing."""
+    """Base beside the family's own, before it.
+
+    It holds the mixtures' start, the experts' implementation, and what a tower returns of its routing.
+    """
 
     _keep_in_fp32_modules_strict = ["choice_bias"]  # noqa: RUF012  # transformers' class-level protocol
 
@@ -23,6 +30,28 @@ class MoEPreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """The implementation asked for, or our kernels: see vision_moe.moe.experts."""
         return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Router):
+            init.normal_(module.weight, std=self._router_deviation())
+            if module.choice_bias is not None:
+                init.zeros_(module.choice_bias)
+        elif isinstance(module, Experts | SharedExpert):
+            up, down = self._expert_deviations(module)
+            init.normal_(module.up_proj, std=up)
+            init.normal_(module.down_proj, std=down)
+            init.zeros_(module.up_proj_bias)
+            init.zeros_(module.down_proj_bias)
+
+    def _router_deviation(self) -> float:
+        """Standard deviation of a router's first weights."""
+        raise NotImplementedError
+
+    def _expert_deviations(self, experts: Experts | SharedExpert) -> tuple[float, float]:
+        """Those of both matrices of an expert, which starts as the MLP it replaces would."""
+        raise NotImplementedError
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For models that are not its own, transformers passes over modules without a parameter of their own, such as an

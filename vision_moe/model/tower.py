@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from vision_moe.model.encoder import EncoderOutput
 from vision_moe.model.families import tower_family
@@ -21,7 +20,6 @@ from vision_moe.model.outputs import CLIPMoETowerOutput
 from vision_moe.model.pretrained import MoEPreTrainedModel
 from vision_moe.moe.experts import Experts, SharedExpert
 from vision_moe.moe.layer import MoEMLP, MoEOutput
-from vision_moe.moe.router import Router
 
 
 class Routing:
@@ -100,21 +98,14 @@ class MoEBlock(nn.Module):
 class FamilyPreTrainedModel(MoEPreTrainedModel):
     """Base of the towers and, where those hold their blocks in a model of its own, of that one."""
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Router):
-            init.normal_(module.weight, std=getattr(self.config, "initializer_range", 0.02))
-            if module.choice_bias is not None:
-                init.zeros_(module.choice_bias)
-        elif isinstance(module, Experts | SharedExpert):
-            # The families start an MLP with their initializer_range or, without one, by Xavier's rule.
-            xavier = (2 / (module.up_proj.shape[-1] + module.up_proj.shape[-2])) ** 0.5
-            std = getattr(self.config, "initializer_range", xavier)
-            init.normal_(module.up_proj, std=std)
-            init.normal_(module.down_proj, std=std)
-            init.zeros_(module.up_proj_bias)
-            init.zeros_(module.down_proj_bias)
+    def _router_deviation(self) -> float:
+        return float(getattr(self.config, "initializer_range", 0.02))
+
+    def _expert_deviations(self, experts: Experts | SharedExpert) -> tuple[float, float]:
+        # The families start an MLP with their initializer_range or, without one, by Xavier's rule.
+        xavier = (2 / (experts.up_proj.shape[-1] + experts.up_proj.shape[-2])) ** 0.5
+        deviation = float(getattr(self.config, "initializer_range", xavier))
+        return deviation, deviation
 
 
 class MoETower(FamilyPreTrainedModel):

@@ -50,6 +50,25 @@ class MoEOutput(NamedTuple):
     dropped_fraction: Tensor
 
 
+class Route(NamedTuple):
+    """The valid tokens of a batch, V of B * S, and the experts that compute them.
+
+    Attributes:
+        x_VD: float[V, D].
+        token_V: int64[V], their positions among B * S.
+        routed: the router's output.
+        experts_VK: int64[V, K], or [V, E] with expert choice: the experts that compute each token, E where a slot is
+            not computed.
+        gates_VK: float32, of the same shape.
+    """
+
+    x_VD: Tensor
+    token_V: Tensor
+    routed: RouterOutput
+    experts_VK: Tensor
+    gates_VK: Tensor
+
+
 class MoEMLP(nn.Module):
     """A sparse MLP: each token is the gate-weighted sum of its experts, plus the shared expert where there is one."""
 
@@ -84,57 +103,43 @@ class MoEMLP(nn.Module):
             parts: lengths of the M parts that S consists of, in their order. They are routed as one, share capacity,
                 and are counted apart. None = one part, and counts without the axis of parts.
         """
-        x_TD = x_BSD.flatten(0, 1)
-        valid_V = None if mask_BS is None else mask_BS.flatten().nonzero().squeeze(-1)
-        if valid_V is not None:
-            x_TD = x_TD.index_select(0, valid_V)
-        routed = self.router(x_TD)
-        token_T = torch.arange(len(x_TD), device=x_TD.device) if valid_V is None else valid_V
-        experts_TK, gates_TK = self._dispatch(routed, token_T // x_BSD.shape[1], x_BSD.shape[0])
-        y_TD = self.experts(x_TD, experts_TK, gates_TK)
+        route = self.route(x_BSD, mask_BS)
+        routed = route.routed
+        y_VD = self.experts(route.x_VD, route.experts_VK, route.gates_VK)
         if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD).to(y_TD.dtype)
+            y_VD = y_VD + self.shared_expert(route.x_VD).to(y_VD.dtype)
 
-        def unflatten(rows_TX: Tensor) -> Tensor:
-            if valid_V is not None:
+        def unflatten(rows_VX: Tensor) -> Tensor:
+            if mask_BS is not None:
                 T = x_BSD.shape[0] * x_BSD.shape[1]
-                rows_TX = rows_TX.new_zeros(T, rows_TX.shape[-1]).index_copy(0, valid_V, rows_TX)
-            return rows_TX.unflatten(0, x_BSD.shape[:2])
+                rows_VX = rows_VX.new_zeros(T, rows_VX.shape[-1]).index_copy(0, route.token_V, rows_VX)
+            return rows_VX.unflatten(0, x_BSD.shape[:2])
 
         noisy_TE = routed.noisy_logits_TE
-        chosen_TK = experts_TK if self.expert_choice else routed.topk_experts_TK
-        position_T = token_T % x_BSD.shape[1]
+        chosen_VK = route.experts_VK if self.expert_choice else routed.topk_experts_TK
+        position_V = route.token_V % x_BSD.shape[1]
         bounds = pairwise(accumulate(parts or (x_BSD.shape[1],), initial=0))
         counted = [
-            self._count(chosen_TK, experts_TK, (start <= position_T) & (position_T < end)) for start, end in bounds
+            self._count(chosen_VK, route.experts_VK, (start <= position_V) & (position_V < end))
+            for start, end in bounds
         ]
         tokens_ME, dropped_M = (torch.stack(counts) for counts in zip(*counted, strict=True))
         return MoEOutput(
-            unflatten(y_TD),
+            unflatten(y_VD),
             unflatten(routed.router_logits_TE),
             None if noisy_TE is None else unflatten(noisy_TE),
             tokens_ME[0] if parts is None else tokens_ME,
             dropped_M[0] if parts is None else dropped_M,
         )
 
-    def assign(self, router_logits_BSE: Tensor, mask_BS: Tensor | None = None) -> tuple[RouterOutput, Tensor]:
-        """What `forward` does with these logits where no noise is drawn, for the V valid tokens.
-
-        Args:
-            router_logits_BSE: float32[B, S, E], as `MoEOutput` has them.
-            mask_BS: bool[B, S], as in `forward`.
-
-        Returns:
-            The router's output of V tokens, and int64[V, K], or [V, E] with expert choice: the experts that compute
-            each, E where a slot is not computed.
-        """
-        B, S, _ = router_logits_BSE.shape
-        logits_TE = router_logits_BSE.flatten(0, 1)
-        token_V = torch.arange(B * S, device=logits_TE.device)
+    def route(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> Route:
+        """The first half of `forward`: which experts compute each valid token."""
+        x_VD, token_V = x_BSD.flatten(0, 1), torch.arange(x_BSD.shape[0] * x_BSD.shape[1], device=x_BSD.device)
         if mask_BS is not None:
-            token_V = token_V[mask_BS.flatten().bool()]
-        routed = self.router.decide(logits_TE[token_V])
-        return routed, self._dispatch(routed, token_V // S, B)[0]
+            token_V = mask_BS.flatten().nonzero().squeeze(-1)
+            x_VD = x_VD.index_select(0, token_V)
+        routed = self.router(x_VD)
+        return Route(x_VD, token_V, routed, *self._dispatch(routed, token_V // x_BSD.shape[1], x_BSD.shape[0]))
 
     def _dispatch(self, routed: RouterOutput, row_T: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         """Experts and gates of the slots to compute; see vision_moe.moe.dispatch for those that are not."""

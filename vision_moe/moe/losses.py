@@ -175,9 +175,7 @@ def aux_loss(
             (DeepSeek-V3, eq. 19).
     """
     logits_TE = _valid(router_logits_TE, mask_T).float()
-    if scoring_func == "sigmoid":
-        # The softmax of these is the sigmoids over their sum, and their order is that of the logits.
-        logits_TE = torch.nn.functional.logsigmoid(logits_TE)
+    logits_TE = share_logits(logits_TE, scoring_func)
     noisy_TE = None if noisy_logits_TE is None else _valid(noisy_logits_TE, mask_T).float()
     gates_TE = logits_TE.softmax(dim=-1)
     terms = [logits_TE.new_zeros(())]
@@ -197,6 +195,11 @@ def aux_loss(
         entropy = global_entropy_loss(gates_TE, min_experts=weights.global_entropy_min_experts)
         terms.append(weights.global_entropy * entropy)
     return torch.stack(terms).sum()
+
+
+def share_logits(logits_TE: Tensor, scoring_func: str) -> Tensor:
+    """Logits in the order of the router's, whose softmax is the experts' scores as shares of their sum."""
+    return torch.nn.functional.logsigmoid(logits_TE) if scoring_func == "sigmoid" else logits_TE
 
 
 def _valid(rows_TX: Tensor, mask_T: Tensor | None) -> Tensor:

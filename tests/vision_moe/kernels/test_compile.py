@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from vision_moe.kernels import op, routed_mlp
 from vision_moe.kernels.problem import expert_order
@@ -13,7 +14,7 @@ def test_operator_passes_torchs_own_checks(make_layer, backend):
     layer = make_layer(9, 3, 2, 16, 8)
     order_N, counts_E = expert_order(layer.experts_TK, 3)
     arguments = (layer.x_TD, layer.gates_TK, *layer.weights, order_N, counts_E, "gelu", backend, True)
-    torch.library.opcheck(op.routed_mlp, arguments)
+    library.opcheck(op.routed_mlp, arguments)
 
 
 def test_compiled_experts_are_one_graph_with_the_same_gradients(make_layer, run_layer):

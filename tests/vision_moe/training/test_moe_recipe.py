@@ -8,6 +8,7 @@ from transformers import CLIPProcessor
 from vision_moe.config import parse, to_dict
 from vision_moe.data.captions import open_captions
 from vision_moe.data.collate import CaptionCollator
+from vision_moe.mixture import batches, init_routers
 from vision_moe.model.configuration import MoEFields
 from vision_moe.moe_recipe import MoEConfig, RoutingConfig
 from vision_moe.recipe import TrainConfig
@@ -69,11 +70,11 @@ def test_routers_start_from_clusters_where_the_recipe_says_so(runner):
     dense, _ = build_clip(runner.config.scratch, captions, 0)
     moe = upcycle(dense, num_experts=4)
     before = moe.vision_model.encoder.layers[0].mlp.router.weight.detach().clone()
-    assert runner.init_routers(moe, MoEConfig()).vision_model.encoder.layers[0].mlp.router.weight.equal(before)
-    runner.init_routers(moe, MoEConfig(router_init="centroids"))
+    assert init_routers(runner, MoEConfig(), moe).vision_model.encoder.layers[0].mlp.router.weight.equal(before)
+    init_routers(runner, MoEConfig(router_init="centroids"), moe)
     found = moe.vision_model.encoder.layers[0].mlp.router.weight
     assert found.norm(dim=-1).tolist() == pytest.approx([1.0] * 4)
     # Again, from the same batches by hand: what each rank of a run does.
     other = upcycle(dense, num_experts=4)
-    router_from_centroids(other, runner._batches(found.device, CaptionCollator(runner.processor)), seed=0)
+    router_from_centroids(other, batches(runner, found.device, CaptionCollator(runner.processor)), seed=0)
     assert other.vision_model.encoder.layers[0].mlp.router.weight.equal(found)
