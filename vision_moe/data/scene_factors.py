@@ -10,7 +10,7 @@ either split, while no triple (hence no full combination) of the test split ever
 the seeds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -38,9 +38,13 @@ FACTOR_VALUES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 SPLITS = ("train", "test")
+# By factor: the values that the main group, its place and the background may take; a factor not named takes all.
+Only = Mapping[str, Sequence[str]]
 
 # A group at the left edge leaves no room for an object left of it.
 _IMPOSSIBLE = frozenset({("left", "left of"), ("right", "right of"), ("top", "above"), ("bottom", "below")})
+# One in 1,000 scenes fits the rarest values that make sense.
+_MAX_DRAWS = 100_000
 _PLACES = tuple((p, r) for p in POSITIONS for r in RELATIONS if (p, r) not in _IMPOSSIBLE)
 
 
@@ -121,16 +125,25 @@ def split_of(shape: str, color: str, background: str) -> str:
     return "test" if total % len(BACKGROUNDS) == 0 else "train"
 
 
-def sample_factors(rng: np.random.Generator, split: str) -> Factors:
+def sample_factors(rng: np.random.Generator, split: str, only: Only = MappingProxyType({})) -> Factors:
     """Draw the factors of one scene of a split; all values are equally likely but for the place.
 
-    Place is drawn uniformly from the 16 possible pairs of position and relation.
+    Place is drawn uniformly from the 16 possible pairs of position and relation. Scenes with other values than those of
+    `only` are drawn again.
 
     Raises:
-        ValueError: if the split is unknown.
+        ValueError: if the split is unknown, or it has no scene of these values.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
+    for _ in range(_MAX_DRAWS):
+        factors = _sample_factors(rng, split)
+        if all(factors.value(name) in values for name, values in only.items()):
+            return factors
+    raise ValueError(f"the {split} split has no scene, or almost none, with only {dict(only)}; allow more values")
+
+
+def _sample_factors(rng: np.random.Generator, split: str) -> Factors:
     shape, color = int(rng.integers(8)), int(rng.integers(8))
     owned = [b for b in BACKGROUNDS if split_of(SHAPES[shape], COLORS[color], b) == split]
     position, relation = _PLACES[int(rng.integers(len(_PLACES)))]

@@ -3,9 +3,11 @@
 Lengths are fractions of the picture side; x to the right, y downwards.
 """
 
+from types import MappingProxyType
+
 import numpy as np
 
-from vision_moe.data.scene_factors import Factors, Scene, SceneObject, sample_factors
+from vision_moe.data.scene_factors import Factors, Only, Scene, SceneObject, sample_factors
 
 SMALL_RADIUS = (0.107, 0.114)
 LARGE_RADIUS = (0.147, 0.155)
@@ -33,10 +35,10 @@ _GRIDS: tuple[tuple[_Grid, ...], ...] = (
 )
 
 
-def sample_scene(seed: int, split: str, index: int) -> Scene:
+def sample_scene(seed: int, split: str, index: int, only: Only = MappingProxyType({})) -> Scene:
     """Draw scene `index` of a split; the same arguments always give the same scene."""
     rng = np.random.default_rng([seed, 1 if split == "test" else 0, index])
-    factors = sample_factors(rng, split)
+    factors = sample_factors(rng, split, only)
     return Scene(factors=factors, objects=place(factors, rng), style_seed=int(rng.integers(2**31)))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vision_moe.data.scene_cells import cells_in_words
 from vision_moe.data.scene_dialogues import Captioned
-from vision_moe.data.scene_factors import Scene
+from vision_moe.data.scene_factors import Only, Scene
 from vision_moe.data.scene_layout import sample_scene
 from vision_moe.data.scene_render import render
 from vision_moe.data.scene_text import SceneText, describe
@@ -30,9 +30,12 @@ class Shard:
     count: int
     seed: int
     image_size: int
+    only: Only
 
 
-def plan_shards(folder: Path, split: str, num: int, *, seed: int, image_size: int, shard_size: int) -> list[Shard]:
+def plan_shards(
+    folder: Path, split: str, num: int, *, seed: int, image_size: int, shard_size: int, only: Only
+) -> list[Shard]:
     """Return the shards of a split of `num` pictures; the last one may be smaller."""
     return [
         Shard(
@@ -43,6 +46,7 @@ def plan_shards(folder: Path, split: str, num: int, *, seed: int, image_size: in
             count=min(shard_size, num - first),
             seed=seed,
             image_size=image_size,
+            only=only,
         )
         for number, first in enumerate(range(0, num, shard_size))
     ]
@@ -70,7 +74,7 @@ def draw_shard(shard: Shard) -> list[Captioned]:
     with tarfile.open(shard.folder / f"{shard.split}-{shard.number:04d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in range(shard.first, shard.first + shard.count):
             key = f"{shard.split}{index:06d}"
-            scene = sample_scene(shard.seed, shard.split, index)
+            scene = sample_scene(shard.seed, shard.split, index, shard.only)
             text = describe(scene)
             jpeg = _encode(scene, shard.image_size)
             (images / f"{key}.jpg").write_bytes(jpeg)

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,6 +41,7 @@ class ScenesArguments:
     seed: int = 0
     image_size: int = 64
     shard_size: int = 1000
+    only: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -53,6 +54,10 @@ class ScenesArguments:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low}, {high}], but got {value}")
+        for factor, values in self.only.items():
+            if factor not in FACTOR_VALUES or not values or set(values) - set(FACTOR_VALUES[factor]):
+                known = "; ".join(f"{name}: {', '.join(of)}" for name, of in FACTOR_VALUES.items())
+                raise ValueError(f"only must name values of a factor ({known}), but got {factor}={','.join(values)}")
 
 
 def generate(out: Path, arguments: ScenesArguments, *, num_workers: int = 1, progress: bool = False) -> bool:
@@ -118,6 +123,7 @@ def _write_set(folder: Path, arguments: ScenesArguments, num_workers: int, progr
             seed=arguments.seed,
             image_size=arguments.image_size,
             shard_size=arguments.shard_size,
+            only=arguments.only,
         )
     ]
     with tqdm(total=sum(sizes.values()), unit=" pictures", disable=not progress) as bar:
@@ -156,6 +162,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels, 64 to 336 (default: 64)")
     parser.add_argument("--shard-size", type=int, default=1000, help="pictures per shard (default: 1000)")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="FACTOR=VALUE[,VALUE...]",
+        help="draw scenes with these values alone, such as shape=circle,square; may be given for several factors",
+    )
     flags = parser.parse_args(argv)
     num_test = max(200, flags.num // 10) if flags.num_test is None else flags.num_test
     try:
@@ -165,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=flags.seed,
             image_size=flags.image_size,
             shard_size=flags.shard_size,
+            only={factor: values.split(",") for factor, _, values in (part.partition("=") for part in flags.only)},
         )
         written = generate(flags.out, arguments, num_workers=flags.num_workers, progress=sys.stderr.isatty())
     except ValueError as error:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vision_moe.data import scenes
+from vision_moe.data.captions import open_captions
 from vision_moe.data.scenes import ScenesArguments, generate, main
 
 ARGUMENTS = ScenesArguments(num=25, num_test=12, seed=1, image_size=64, shard_size=10)
@@ -134,3 +135,20 @@ def test_command_line_refuses_numbers_out_of_range_in_words(tmp_path, capsys, fl
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
+
+
+def test_only_draws_scenes_with_these_values(tmp_path):
+    only = {"shape": ["circle", "square"], "background": ["white"]}
+    generate(tmp_path / "narrow", ScenesArguments(num=12, num_test=6, only=only))
+    for split, num in (("train", 12), ("test", 6)):
+        dataset = open_captions(tmp_path / "narrow", split=split)
+        factors = [dataset.metadata(index)["factors"] for index in range(len(dataset))]
+        assert len(factors) == num
+        assert {f["shape"] for f in factors} == {"circle", "square"}
+        assert {f["background"] for f in factors} == {"white"}
+    assert not generate(tmp_path / "narrow", ScenesArguments(num=12, num_test=6, only=only))
+
+
+def test_only_refuses_what_is_no_value_of_a_factor():
+    with pytest.raises(ValueError, match=r"only must name values of a factor .* but got shape=blob"):
+        ScenesArguments(num=1, num_test=1, only={"shape": ["blob"]})

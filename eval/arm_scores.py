@@ -1,0 +1,147 @@
+"""What the models of an experiment get right, picture by picture, so that they can be compared in pairs.
+
+R parts of a measure (two directions of retrieval, or the factors), N pictures, D embedding dim.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedModel
+
+from eval.encoder import load_encoder
+from vision_moe.data.captions import CaptionDataset, open_captions
+from vision_moe.embedding import embed_images, embed_texts
+from vision_moe.factors import is_nearest
+from vision_moe.files import replacing
+from vision_moe.retrieval import Embeddings, hits_by_picture, ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What is asked of a model."""
+
+    kind: Literal["retrieval", "factors"]
+    """Retrieval: R@1 in both directions; factors: the true caption among captions that differ in one factor."""
+    data: Path
+    """Folder of shards."""
+    split: str = "test"
+    """Shards `{split}-*.tar` are read."""
+    caption_field: str = "long"
+    """Captions that count in retrieval."""
+    factors: list[str] = field(default_factory=list)
+    """Factors that count; all if empty."""
+
+
+class Hits(NamedTuple):
+    """What was right: hits float[R, N] of questions float[R, N]; the score is the mean over R of the ratio of sums."""
+
+    hits: NDArray[np.float64]
+    questions: NDArray[np.float64]
+
+    @property
+    def score(self) -> float:
+        """Share in [0, 1]."""
+        return float((self.hits.sum(axis=1) / self.questions.sum(axis=1)).mean())
+
+
+class Encoders:
+    """One encoder, or several whose unit embeddings are averaged."""
+
+    def __init__(self, models: Sequence[PreTrainedModel], processor: Any) -> None:
+        self._models = models
+        self._processor = processor
+
+    def images(self, dataset: CaptionDataset) -> NDArray[np.float32]:
+        """Unit embeddings float32[N, D]."""
+        return _mean_direction([embed_images(model, self._processor, dataset) for model in self._models])
+
+    def texts(self, texts: list[str]) -> NDArray[np.float32]:
+        """Unit embeddings float32[len(texts), D]."""
+        return _mean_direction([embed_texts(model, self._processor, texts) for model in self._models])
+
+
+def measure(config: MeasureConfig, encoders: Encoders) -> Hits:
+    """What the encoders get right.
+
+    Raises:
+        ValueError: the pictures have no such factors.
+    """
+    dataset = open_captions(config.data, split=config.split, caption_field=config.caption_field)
+    image_ND = encoders.images(dataset)
+    return (_retrieval if config.kind == "retrieval" else _factors)(config, encoders, dataset, image_ND)
+
+
+def cached(file: Path, compute: Callable[[], Hits]) -> Hits:
+    """`compute()`, kept in a file."""
+    if not file.is_file():
+        found = compute()
+        with replacing(file) as temporary:
+            save_file({name: np.ascontiguousarray(array) for name, array in found._asdict().items()}, temporary)
+    return Hits(**load_file(file))
+
+
+def any_of(found: Sequence[Hits]) -> Hits:
+    """The oracle: a picture's questions as the member answers them that gets most of them right."""
+    return Hits(np.max([of.hits for of in found], axis=0), found[0].questions)
+
+
+def mean_of(found: Sequence[Hits]) -> Hits:
+    """The mean over seeds."""
+    return Hits(np.mean([of.hits for of in found], axis=0), found[0].questions)
+
+
+def soup(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
+    """The first model with the mean of all weights (model soups, Wortsman et al. 2022, arXiv:2203.05482)."""
+    states = [model.state_dict() for model in models]
+    with torch.no_grad():
+        for name, tensor in states[0].items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.stack([state[name] for state in states]).mean(dim=0))
+    return models[0]
+
+
+def load_all(folders: Sequence[Path]) -> tuple[list[PreTrainedModel], Any]:
+    """Models of one architecture and their processor."""
+    loaded = [load_encoder(str(folder)) for folder in folders]
+    return [model for model, _ in loaded], loaded[0][1]
+
+
+def _retrieval(
+    config: MeasureConfig, encoders: Encoders, dataset: CaptionDataset, image_ND: NDArray[np.float32]
+) -> Hits:
+    captions = [dataset.captions(index) for index in range(len(dataset))]
+    image_of_text_M = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
+    text_MD = encoders.texts([text for texts in captions for text in texts])
+    return Hits(*hits_by_picture(ranks(Embeddings(image_ND, text_MD, image_of_text_M)), image_of_text_M, 1))
+
+
+def _factors(config: MeasureConfig, encoders: Encoders, dataset: CaptionDataset, image_ND: NDArray[np.float32]) -> Hits:
+    variants = [dataset.metadata(index).get("variants", {}) for index in range(len(dataset))]
+    known = sorted({factor for of in variants for factor in of})
+    factors = list(config.factors) or known
+    if missing := set(factors) - set(known):
+        raise ValueError(f"{config.data}, split {config.split!r}, has no variants of {sorted(missing)}; it has {known}")
+    texts = list(dict.fromkeys(text for of in variants for factor in factors for text in of.get(factor, [])))
+    row_of = {text: row for row, text in enumerate(texts)}
+    text_MD = encoders.texts(texts)
+    hits_RN = np.zeros((len(factors), len(dataset)))
+    questions_RN = np.zeros_like(hits_RN)
+    for row, factor in enumerate(factors):
+        for index, of in enumerate(variants):
+            if factor in of:
+                candidates_VD = text_MD[[row_of[text] for text in of[factor]]]
+                hits_RN[row, index] = is_nearest(image_ND[index], candidates_VD)
+                questions_RN[row, index] = 1
+    return Hits(hits_RN, questions_RN)
+
+
+def _mean_direction(embeddings: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    mean_ND = np.mean(embeddings, axis=0)
+    unit_ND: NDArray[np.float32] = mean_ND / np.linalg.norm(mean_ND, axis=1, keepdims=True)
+    return unit_ND

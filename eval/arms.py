@@ -1,0 +1,76 @@
+"""The arms of an experiment: one recipe, run with the flags, the learning rate and the seed of each arm.
+
+A run is `python -m vision_moe.train` in a folder of its own, so that an interrupted experiment goes on.
+"""
+
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmConfig:
+    """One way to train on the same pairs."""
+
+    flags: list[str]
+    """Flags of vision_moe.train that make this arm, such as --methods [direct]."""
+    result: str
+    """Stage whose model the arm ends with, such as direct, sparse_upcycling or dmu."""
+    learning_rate: str
+    """Field that the sweep sets, such as direct.learning_rate."""
+    learning_rates: list[float]
+    """Values to try on the first seed; the best one is run on the others."""
+    experts: list[str] = field(default_factory=list)
+    """Stages whose models are this arm's experts, besides the start; they are measured together as well."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rates:
+            raise ValueError(f"the arm {self.result!r} has no learning_rates; name at least one")
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """One training run of an arm."""
+
+    name: str
+    arm: ArmConfig
+    learning_rate: float
+    seed: int
+
+    def folder(self, output: Path) -> Path:
+        """Where the run lies."""
+        return output / "runs" / f"{self.name}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    def model(self, output: Path) -> Path:
+        """Its result."""
+        return self.folder(output) / self.arm.result / "model"
+
+    def members(self, output: Path) -> list[Path]:
+        """The start and the experts; empty for an arm without experts."""
+        stages = ["start", *self.arm.experts] if self.arm.experts else []
+        return [self.folder(output) / stage / "model" for stage in stages]
+
+
+def train(run: ArmRun, recipe: Path, data: Path, output: Path, num_processes: int) -> None:
+    """Runs an arm to its end; one that has ended is left alone.
+
+    Raises:
+        RuntimeError: the training failed; its output stands in `train.log` of the run's folder.
+    """
+    folder = run.folder(output)
+    if (folder / run.arm.result / "stage.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", "vision_moe.train", str(recipe)]
+    command += [*run.arm.flags, "--data.train", str(data), "--output", str(folder), "--seed", str(run.seed)]
+    command += [f"--{run.arm.learning_rate}", str(run.learning_rate)]
+    logger.info("%s", " ".join(command))
+    with (folder / "train.log").open("a", encoding="utf-8") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        raise RuntimeError(f"the run {folder} ended with status {status}; see {folder / 'train.log'}")
