@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from transformers import (
+    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -59,6 +60,8 @@ class PretrainLMConfig:
     """Folder with llava_pretrain.json and llava_finetune.json."""
     output: Path
     """Folder of the run; the finished model is in its `model`."""
+    init: Path | None = None
+    """Model folder of an earlier run to go on from, with its tokenizer; sizes are then the folder's."""
     vocab_size: int = 1000
     """Tokens of the byte-level BPE."""
     hidden_size: int = 256
@@ -120,7 +123,7 @@ def run(config: PretrainLMConfig) -> dict[str, float]:
     samples = read_dialogues(config.data)
     pictures = read_pictures(config.pictures_in_words, samples)
     train, held_out = split(samples, config.num_held_out, config.seed)
-    tokenizer = train_tokenizer(_texts(train, pictures, config.seed), config.vocab_size)
+    model, tokenizer = _start(config, _texts(train, pictures, config.seed))
     rows = DialogueRows(
         train,
         pictures,
@@ -130,13 +133,21 @@ def run(config: PretrainLMConfig) -> dict[str, float]:
         tree_share=config.tree_share,
         seed=config.seed,
     )
-    trainer = _trainer(config, build_llama(config, tokenizer), rows)
+    trainer = _trainer(config, model, rows)
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output / "checkpoints"))
     scores = held_out_scores(trainer.model, tokenizer, held_out, pictures, config.seed)
     write_folder(config.output / "model", lambda folder: save(trainer.model, tokenizer, config.dtype, folder))
     write_json(config.output / "scores.json", scores)
     logger.info("%s; the model is in %s", scores, config.output / "model")
     return scores
+
+
+def _start(config: PretrainLMConfig, texts: Iterator[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    if config.init is not None:
+        model = LlamaForCausalLM.from_pretrained(config.init, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(config.init)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    return build_llama(config, tokenizer), tokenizer
 
 
 def _texts(samples: list[Sample], pictures: Pictures, seed: int) -> Iterator[str]:

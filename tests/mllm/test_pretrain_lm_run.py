@@ -163,3 +163,19 @@ def test_killed_run_ends_with_the_same_weights_as_an_unbroken_one(config, tmp_pa
     expected, got = (load_file(c.output / "model" / "model.safetensors") for c in (config, broken))
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_run_goes_on_from_the_model_of_another(config, tmp_path):
+    run(config)
+    first = config.output / "model"
+    # A rate of almost nothing: the weights must be those of the first run, not new ones; the sizes are the folder's.
+    still = replace(config, output=tmp_path / "second", init=first, learning_rate=1e-12, hidden_size=64, seed=1)
+    run(still)
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, still.output / "model"))
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name])
+    assert (
+        AutoTokenizer.from_pretrained(still.output / "model").get_vocab()
+        == AutoTokenizer.from_pretrained(first).get_vocab()
+    )
