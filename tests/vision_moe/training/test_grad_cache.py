@@ -76,23 +76,33 @@ def test_a_dropless_mixture_without_router_losses_is_as_exact(make_family, famil
     assert_equal_gradients(got, expected)
 
 
-def test_router_losses_are_the_chunks_weighted_mean_and_random_numbers_are_replayed(make_family, family_batch):
+@pytest.fixture(params=["two towers", "one tower with capacity"])
+def noisy_mixture(request, make_family, make_limoe):
+    """A model in training mode that draws router noise and, in the first case, attention dropout."""
+    if request.param != "two towers":
+        losses = {"router_importance_loss_coef": 0.1, "router_load_loss_coef": 0.1}
+        return make_limoe(router_noise_std=2.0, capacity_factor=1.0, batch_priority=True, **losses).train()
     fields = {"router_noise_std": 2.0, "router_load_loss_coef": 0.1, "router_aux_loss_coef": 0.1, "router_std": 1.0}
     model = upcycle(make_family("clip"), num_experts=4, num_experts_per_tok=2, **fields).train()
     for tower in (model.vision_model, model.text_model):
         for layer in tower.encoder.layers:
             layer.self_attn.dropout = 0.2
+    return model
+
+
+def test_router_losses_are_the_chunks_weighted_mean_and_random_numbers_are_replayed(noisy_mixture, family_batch):
     chunks = split_batch(family_batch("clip"), 2)
     assert [len(chunk["input_ids"]) for chunk in chunks] == [2, 1]
     torch.manual_seed(1)
-    outputs = [model(**chunk) for chunk in chunks]
+    outputs = [noisy_mixture(**chunk) for chunk in chunks]
     image, text = (torch.cat([getattr(output, name) for output in outputs]) for name in ("image_embeds", "text_embeds"))
-    contrastive = info_nce(image, text, model.logit_scale)
+    contrastive = info_nce(image, text, noisy_mixture.logit_scale)
     aux = 2 / 3 * outputs[0].aux_loss + 1 / 3 * outputs[1].aux_loss
+    assert aux > 0
     (contrastive + aux).backward()
-    expected, drawn = gradients(model), torch.rand(1)
+    expected, drawn = gradients(noisy_mixture), torch.rand(1)
     torch.manual_seed(1)
-    got_loss, got_aux, got = cached(model, family_batch("clip"), 2)
+    got_loss, got_aux, got = cached(noisy_mixture, family_batch("clip"), 2)
     # The random numbers go on as after one forward of each chunk.
     assert torch.equal(torch.rand(1), drawn)
     torch.testing.assert_close(got_loss, contrastive.detach())
