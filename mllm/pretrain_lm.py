@@ -39,7 +39,7 @@ from mllm.lm_text import (
     split,
 )
 from mllm.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
-from vision_moe.checkpoint import last_checkpoint, write_folder
+from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.config import parse, write_yaml
 from vision_moe.files import write_json
 from vision_moe.muon import MuonAdamW
@@ -225,7 +225,7 @@ def _trainer(config: PretrainLMConfig, model: LlamaForCausalLM, rows: DialogueRo
         args=args,
         train_dataset=rows,
         data_collator=partial(collate_rows, pad_token_id=rows.tokenizer.pad_token_id),
-        callbacks=[MetricsCallback(config.output, "pretrain_lm")],
+        callbacks=[MetricsCallback(config.output, "pretrain_lm"), CheckpointMarker()],
         optimizers=(muon, None),
     )
 

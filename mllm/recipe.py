@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vision_moe.stage_recipe import Tracker
+
 TrainMode = Literal["frozen", "full", "lora"]
 
 
@@ -146,7 +148,9 @@ class LlavaConfig:
     logging_steps: int = 1
     """Steps between entries of metrics.jsonl."""
     save_steps: int = 500
-    """Steps between checkpoints; a killed stage goes on from the last complete one."""
+    """Steps between checkpoints; a killed stage goes on from the last one, or the one before if that is damaged."""
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers that get every entry of metrics.jsonl as well: tensorboard, wandb, trackio (docs/training.md)."""
     seed: int = 0
     """Seed of everything."""
 

@@ -24,11 +24,12 @@ from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.parts import set_trainable
 from mllm.recipe import LlavaConfig, StageConfig
 from mllm.sampler import DialogueBatchSampler
-from mllm.trainer import CheckpointMarker, LlavaTrainer, last_complete_checkpoint
+from mllm.trainer import LlavaTrainer
 from mllm.training_batch import TrainingCollator
-from vision_moe.checkpoint import write_folder
+from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.files import write_json
+from vision_moe.trackers import run_name, tracker_callbacks
 from vision_moe.tracking import MetricsCallback
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class StageRunner:
         trained = set_trainable(model, stage)
         trainer = self._trainer(name, stage, model, args, dataset, num_steps)
         self._log_plan(name, stage, num_steps, trained)
-        checkpoint = last_complete_checkpoint(folder / "checkpoints")
+        checkpoint = last_checkpoint(folder / "checkpoints")
         if checkpoint:
             logger.info("stage %s goes on from %s", name, checkpoint)
         began = time.monotonic()
@@ -143,7 +144,11 @@ class StageRunner:
             data_collator=self._collator(stage),
             batch_sampler=sampler,
             learning_rates={"projector": stage.projector_lr, "llm": stage.llm_lr, "tower": stage.tower_lr},
-            callbacks=[MetricsCallback(self.config.output, name), CheckpointMarker()],
+            callbacks=[
+                MetricsCallback(self.config.output, name),
+                *tracker_callbacks(self.config.report_to, self.config.output / name),
+                CheckpointMarker(),
+            ],
         )
 
     def _arguments(self, stage: StageConfig, folder: Path, num_steps: int) -> TrainingArguments:
@@ -169,7 +174,9 @@ class StageRunner:
             dataloader_num_workers=self.config.num_workers,
             dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
+            # Trackers come as callbacks.
             report_to=[],
+            run_name=run_name(folder),
             disable_tqdm=not sys.stderr.isatty(),
             # A tower's last norm serves its class token, which LLaVA does not read.
             ddp_find_unused_parameters=stage.tower == "full",

@@ -24,13 +24,14 @@ from vision_moe.data.scenes import ScenesArguments, generate
 from vision_moe.distributed import barrier, is_main
 from vision_moe.launcher import die_with_launcher
 from vision_moe.run_folder import check_folder, claim_folder
+from vision_moe.trackers import check_trackers
 from vision_moe.tracking import setup_logging
 
 logger = logging.getLogger(__name__)
 
 _SMOKE = Path(__file__).parent / "recipes" / "smoke.yaml"
 # Fields that may differ between a run and its continuation.
-_FREE_FIELDS = ("logging_steps", "save_steps", "num_workers")
+_FREE_FIELDS = ("logging_steps", "save_steps", "report_to", "num_workers")
 
 
 def main() -> None:
@@ -47,7 +48,9 @@ def run(config: LlavaConfig) -> Path:
     Raises:
         ValueError: a stage names no data, or the output folder holds a run of another recipe.
         FileNotFoundError: data or pictures are not where the recipe says.
+        ModuleNotFoundError: a tracker or DeepSpeed is not installed.
     """
+    check_trackers(config.report_to)
     check_folder(config, config.output, _FREE_FIELDS)
     if config.deepspeed != "none":
         init_deepspeed()

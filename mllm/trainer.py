@@ -1,4 +1,4 @@
-"""transformers' Trainer for one LLaVA stage: a learning rate for each part, exact global batches, safe checkpoints."""
+"""transformers' Trainer for one LLaVA stage: a learning rate for each part, exact global batches, own checkpoints."""
 
 import logging
 from collections.abc import Mapping
@@ -9,18 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mllm.parts import named_parts
 from mllm.training_batch import BatchTally
-from vision_moe.distributed import barrier, is_main
-from vision_moe.files import write_json
+from vision_moe.distributed import is_main
 from vision_moe.sampled_trainer import SampledTrainer
 
 logger = logging.getLogger(__name__)
 
 _TRAINED = "trained.safetensors"
-_COMPLETE = "complete.json"
 
 
 class LlavaTrainer(SampledTrainer):
@@ -108,19 +105,3 @@ class LlavaTrainer(SampledTrainer):
                     weight_decay = self.args.weight_decay if decay else 0.0
                     groups.append({"params": chosen, "lr": self.learning_rates[part], "weight_decay": weight_decay})
         return groups
-
-
-class CheckpointMarker(TrainerCallback):
-    """Marks a checkpoint complete when every rank has written its share: a kill in between leaves it unmarked."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        barrier()
-        if is_main():
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / _COMPLETE, {"step": state.global_step})
-
-
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint below `folder` that every rank finished, if any."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None

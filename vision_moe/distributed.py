@@ -1,4 +1,4 @@
-"""Ranks, barriers, and a gather that gradients flow through.
+"""Ranks, barriers, objects between ranks, and a gather that gradients flow through.
 
 Works before torch.distributed is set up: torchrun and deepspeed announce the world in RANK and WORLD_SIZE,
 and the process group is made the first time that ranks have to wait for each other.
@@ -7,11 +7,13 @@ and the process group is made the first time that ranks have to wait for each ot
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -55,6 +57,26 @@ def main_first() -> Iterator[None]:
         # Also when rank 0 fails: the others must not wait for ever; they meet the same error themselves.
         if is_main():
             barrier()
+
+
+def from_main(value: Value) -> Value:
+    """Rank 0's value on every rank; any object that can be pickled."""
+    if world_size() == 1:
+        return value
+    barrier()
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather_objects(value: Value) -> list[Value]:
+    """The values of all ranks in rank order, on every rank; any objects that can be pickled."""
+    if world_size() == 1:
+        return [value]
+    barrier()
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
 
 
 def gather(x_BD: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from vision_moe.distributed import is_main
 from vision_moe.features import extract_features, weights_fingerprint
 from vision_moe.files import write_json
 from vision_moe.mixture import make_mixture
-from vision_moe.recipe import StageConfig, TrainConfig
+from vision_moe.recipe import TrainConfig
+from vision_moe.stage_recipe import StageConfig
 from vision_moe.stages import Stage, StageRunner
 from vision_moe.upcycle import merge_donors
 

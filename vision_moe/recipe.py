@@ -7,6 +7,7 @@ from typing import Literal
 from vision_moe.data.read_config import DataFormat, ReadConfig
 from vision_moe.moe.losses import AuxLossWeights
 from vision_moe.moe_recipe import Layers, MoEConfig
+from vision_moe.stage_recipe import StageConfig, Tracker
 
 Method = Literal["dense", "direct", "sparse_upcycling", "dmu", "limoe"]
 
@@ -77,32 +78,6 @@ class TowersConfig:
     """Text tower: folder or hub name of a BERT, RoBERTa or XLM-RoBERTa."""
     projection_dim: int = 512
     """Width of the shared embedding space."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One optimisation: what CLIP-MoE's training scripts set, one field each."""
-
-    samples: int | None = None
-    """Image-caption pairs seen; None: `epochs` times the training set, or, for a baseline, what DMU sees in all."""
-    epochs: float = 1.0
-    """Passes over the training set when samples is None."""
-    learning_rate: float = 1e-5
-    """Peak learning rate."""
-    weight_decay: float = 0.2
-    """Decoupled weight decay."""
-    warmup_steps: float = 200
-    """Linear warm-up: steps, or a share of all steps when below 1."""
-    schedule: str = "cosine"
-    """A transformers scheduler name; cosine decays to 0."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """"muon" orthogonalises the steps of linear weights and leaves the rest to AdamW (vision_moe.muon)."""
-    adam_beta2: float = 0.999
-    """AdamW: the second moment's decay."""
-    max_grad_norm: float = 0.0
-    """Gradient clipping by global norm; 0 is off."""
-    label_smoothing: float = 0.0
-    """Smoothing of both cross-entropies; the official code uses 0.1, the paper names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +206,9 @@ class TrainConfig:
     logging_steps: int = 10
     """Steps between entries of metrics.jsonl."""
     save_steps: int = 200
-    """Steps between checkpoints; a killed stage goes on from the last one."""
+    """Steps between checkpoints; a killed stage goes on from the last one, or the one before if that is damaged."""
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers that get every entry of metrics.jsonl as well: tensorboard, wandb, trackio (docs/training.md)."""
     seed: int = 0
     """Seed of everything: weights, captions, batches, k-means, routers."""
     deepspeed: Path | None = None
@@ -249,3 +226,19 @@ class TrainConfig:
             raise ValueError(f"model and towers are two starts, but got both: {self.model} and {self.towers}; drop one")
         if not self.methods:
             raise ValueError("methods is empty; name at least one of dense, direct, sparse_upcycling, dmu, limoe")
+        if self.deepspeed is not None:
+            self._refuse_under_deepspeed()
+
+    def _refuse_under_deepspeed(self) -> None:
+        stages = {name: stage for name, stage in vars(self).items() if isinstance(stage, StageConfig)}
+        found = [
+            f"{name}.{field}"
+            for name, stage in stages.items()
+            for field in ("ema_decay", "grad_cache_batch_size")
+            if getattr(stage, field) is not None
+        ]
+        if found:
+            raise ValueError(
+                f"{', '.join(found)} cannot run under DeepSpeed, which spreads the weights over the processes and "
+                "steps after every backward pass; set them to null, or deepspeed to null"
+            )

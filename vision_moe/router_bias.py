@@ -20,9 +20,10 @@ from vision_moe.moe.router import Router
 class RouterBiasCallback(TrainerCallback):
     """Counts the tokens of every micro-batch and rank, and lets each optimizer step end with one step of the biases.
 
-    Only what a tower returns is counted, once for each of its forwards in training mode; a block that runs again under
-    activation checkpointing returns nothing from its tower. Towers whose config has no `router_bias_update_rate` are
-    left alone. Without this callback the biases stay as they are.
+    Only what a tower returns is counted, once for each of its forwards in training mode and with gradients: a gradient
+    cache runs it without them first, and a block that runs again under activation checkpointing returns nothing from
+    its tower. Towers whose config has no `router_bias_update_rate` are left alone. Without this callback the biases
+    stay as they are.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class RouterBiasCallback(TrainerCallback):
         self._stop()
 
     def _count(self, tower: nn.Module, args: Any, output: Any) -> None:
-        if tower.training and output.tokens_per_expert is not None:
+        if tower.training and torch.is_grad_enabled() and output.tokens_per_expert is not None:
             self._counts_LE[tower] = self._counts_LE[tower] + output.tokens_per_expert
 
     def _stop(self) -> None:

@@ -12,20 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
-from vision_moe.checkpoint import last_checkpoint, write_folder
+from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.data.captions import CaptionDataset
 from vision_moe.data.collate import CaptionCollator
 from vision_moe.data.sampler import ClusterBatchSampler, EpochBatchSampler
 from vision_moe.data.stream_loader import StreamLoader, load_state
 from vision_moe.distributed import barrier, is_main, rank, sum_over_ranks, world_size
+from vision_moe.ema import EMACallback
 from vision_moe.files import write_json
 from vision_moe.freeze import set_trainable
 from vision_moe.model.families import ENCODER_BY_TYPE, text_padding
 from vision_moe.muon import MuonAdamW
-from vision_moe.recipe import StageConfig, TrainConfig
+from vision_moe.patch_dropout import PatchDropoutCallback
+from vision_moe.recipe import TrainConfig
 from vision_moe.router_bias import RouterBiasCallback
+from vision_moe.stage_recipe import StageConfig
+from vision_moe.trackers import tracker_callbacks
 from vision_moe.tracking import MetricsCallback
 from vision_moe.trainer import ContrastiveTrainer, training_arguments
 from vision_moe.training_data import TrainingData
@@ -111,7 +115,8 @@ class StageRunner:
             stream_loader=loader,
             label_smoothing=stage.config.label_smoothing,
             groups_N=stage.labels_N if isinstance(sampler, ClusterBatchSampler) else None,
-            callbacks=[MetricsCallback(self.config.output, stage.name), RouterBiasCallback()],
+            grad_cache_batch_size=stage.config.grad_cache_batch_size,
+            callbacks=self._callbacks(stage, model, checkpoint),
             # None: the Trainer's AdamW. Under DeepSpeed, which shards what Muon needs whole, it takes no other.
             optimizers=(_muon(model, stage.config) if stage.config.optimizer == "muon" else None, None),
         )
@@ -123,6 +128,18 @@ class StageRunner:
         summary = {"cluster_batches": batches, "stream": None if loader is None else _stream_report(loader, trainer)}
         self._finish(stage, trainer, num_steps, time.monotonic() - start, resumed=bool(checkpoint), more=summary)
         return self.model_folder(stage.name)
+
+    def _callbacks(self, stage: Stage, model: PreTrainedModel, checkpoint: str | None) -> list[TrainerCallback]:
+        config = stage.config
+        return [
+            MetricsCallback(self.config.output, stage.name),
+            RouterBiasCallback(),
+            *tracker_callbacks(self.config.report_to, self.folder(stage.name)),
+            *([PatchDropoutCallback(config.patch_dropout, model)] if config.patch_dropout else []),
+            *([EMACallback(config.ema_decay, checkpoint)] if config.ema_decay is not None else []),
+            # Last: it lists what the others have written.
+            CheckpointMarker(),
+        ]
 
     def _finish(
         self,

@@ -26,10 +26,12 @@ from vision_moe.mixture import make_mixture
 from vision_moe.model.families import encoder_family
 from vision_moe.positions import stretch_text
 from vision_moe.processor import load_processor
-from vision_moe.recipe import StageConfig, TrainConfig
+from vision_moe.recipe import TrainConfig
 from vision_moe.run_folder import check_folder, claim_folder
 from vision_moe.scratch import build_clip, build_processor
+from vision_moe.stage_recipe import StageConfig
 from vision_moe.stages import Stage, StageRunner
+from vision_moe.trackers import check_trackers
 from vision_moe.tracking import setup_logging
 from vision_moe.training_data import TrainingData
 from vision_moe.two_towers import join_towers
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _SMOKE = Path(__file__).parent / "recipes" / "smoke.yaml"
 # Fields that may differ between a run and its continuation.
-_FREE_FIELDS = ("logging_steps", "save_steps", "methods")
+_FREE_FIELDS = ("logging_steps", "save_steps", "report_to", "methods")
 
 
 def main() -> None:
@@ -53,6 +55,7 @@ def main() -> None:
 
 def run(config: TrainConfig) -> dict[str, Path]:
     """Runs every method of the recipe and writes the report; returns the model folders by name."""
+    check_trackers(config.report_to)
     check_folder(config, config.output, _FREE_FIELDS)
     claim_folder(config, config.output)
     dataset = TrainingData(config)

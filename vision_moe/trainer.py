@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from transformers import TrainingArguments
 from vision_moe.contrastive import contrastive_loss, sigmoid_loss
 from vision_moe.data.stream_loader import StreamLoader, save_state
 from vision_moe.distributed import world_size
+from vision_moe.grad_cache import cached_step, split_batch
 from vision_moe.modality_routing import modality_metrics
 from vision_moe.model.families import ENCODER_BY_TYPE
-from vision_moe.recipe import StageConfig, TrainConfig
+from vision_moe.recipe import TrainConfig
 from vision_moe.routing_metrics import RoutingMetrics
 from vision_moe.sampled_trainer import SampledTrainer
+from vision_moe.stage_recipe import StageConfig
+from vision_moe.trackers import run_name
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class ContrastiveTrainer(SampledTrainer):
             state of the checkpoint that training resumes from.
         label_smoothing: of InfoNCE's cross-entropies.
         groups_N: int64[N], label of every sample; pairs of different label are no negatives. None: all are.
+        grad_cache_batch_size: pairs of a forward, see `vision_moe.grad_cache`; None: all of this rank's in one.
 
     Raises:
         ValueError: label smoothing with the sigmoid loss.
@@ -46,6 +51,7 @@ class ContrastiveTrainer(SampledTrainer):
         stream_loader: StreamLoader | None = None,
         label_smoothing: float = 0.0,
         groups_N: Tensor | None = None,
+        grad_cache_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, batch_sampler=batch_sampler, **kwargs)
@@ -58,6 +64,7 @@ class ContrastiveTrainer(SampledTrainer):
             raise ValueError(f"label_smoothing is InfoNCE's; set it to 0 for a {self.model.config.model_type}")
         self.label_smoothing = label_smoothing
         self.groups_N = groups_N
+        self.grad_cache_batch_size = grad_cache_batch_size
         self._terms: dict[str, list[Tensor]] = {}
         self._routing = RoutingMetrics()
         # The loss is a mean over the global batch already: the Trainer must not divide it by accumulation steps.
@@ -68,13 +75,29 @@ class ContrastiveTrainer(SampledTrainer):
         return super().get_train_dataloader() if self.stream_loader is None else self.stream_loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the weights, and this rank's place in the stream beside them.
-
-        In a checkpoint both come before trainer_state.json, without which it does not count as complete.
-        """
+        """Writes the weights, and this rank's place in the stream beside them."""
         super().save_model(output_dir, _internal_call)
         if self.stream_loader is not None:
             save_state(self.stream_loader, Path(output_dir or self.args.output_dir))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one batch, in chunks where there is a gradient cache."""
+        if self.grad_cache_batch_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        groups_B = self._groups(inputs.pop("index"))
+        unwrapped = self.accelerator.unwrap_model(model)
+        contrastive, aux = cached_step(
+            model,
+            split_batch(inputs, self.grad_cache_batch_size),
+            partial(self._contrastive_loss, groups_B=groups_B),
+            self._temperature(unwrapped),
+            partial(self._observe, unwrapped),
+        )
+        return self._total(contrastive, aux)
 
     def compute_loss(
         self,
@@ -84,30 +107,41 @@ class ContrastiveTrainer(SampledTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Contrastive loss over the batch of all ranks, plus the router losses of an MoE model."""
-        index_B = inputs.pop("index")
+        groups_B = self._groups(inputs.pop("index"))
         outputs = model(**inputs)
-        groups_B = None
-        if self.groups_N is not None:
-            groups_B = self.groups_N[index_B.cpu()].to(outputs.image_embeds.device)
         unwrapped = self.accelerator.unwrap_model(model)
-        contrastive = self._contrastive_loss(unwrapped, outputs, groups_B)
-        aux = getattr(outputs, "aux_loss", None)
-        self._record("contrastive_loss", contrastive)
-        self._routing.add(outputs)
-        if aux is not None:
-            self._record("aux_loss", aux)
-        for name, value in modality_metrics(outputs, unwrapped.config).items():
-            self._record(name, value)
-        loss = contrastive if aux is None else contrastive + aux
+        embeds = outputs.image_embeds, outputs.text_embeds
+        contrastive = self._contrastive_loss(*embeds, *self._temperature(unwrapped), groups_B=groups_B)
+        self._observe(unwrapped, outputs)
+        loss = self._total(contrastive, getattr(outputs, "aux_loss", None))
         return (loss, outputs) if return_outputs else loss
 
-    def _contrastive_loss(self, model: nn.Module, outputs: Any, groups_B: Tensor | None) -> Tensor:
-        embeds = outputs.image_embeds, outputs.text_embeds
+    def _groups(self, index_B: Tensor) -> Tensor | None:
+        return None if self.groups_N is None else self.groups_N[index_B.cpu()].to(self.args.device)
+
+    def _temperature(self, model: nn.Module) -> tuple[Tensor, ...]:
+        """What the contrastive loss reads beside the embeddings."""
+        return (model.logit_scale, model.logit_bias) if self.pairwise else (model.logit_scale,)
+
+    def _contrastive_loss(self, image_BD: Tensor, text_BD: Tensor, *temperature: Tensor, groups_B: Any) -> Tensor:
+        scale, *bias = temperature
         if self.pairwise:
-            return sigmoid_loss(*embeds, model.logit_scale.exp(), model.logit_bias, groups_B=groups_B)
-        return contrastive_loss(
-            *embeds, model.logit_scale.exp(), groups_B=groups_B, label_smoothing=self.label_smoothing
-        )
+            return sigmoid_loss(image_BD, text_BD, scale.exp(), *bias, groups_B=groups_B)
+        return contrastive_loss(image_BD, text_BD, scale.exp(), groups_B=groups_B, label_smoothing=self.label_smoothing)
+
+    def _total(self, contrastive: Tensor, aux: Tensor | None) -> Tensor:
+        """The sum of both losses, which are logged apart as well."""
+        self._record("contrastive_loss", contrastive)
+        if aux is None:
+            return contrastive
+        self._record("aux_loss", aux)
+        return contrastive + aux
+
+    def _observe(self, model: nn.Module, outputs: Any) -> None:
+        """Keeps what a forward tells of the routing until it is logged."""
+        self._routing.add(outputs)
+        for name, value in modality_metrics(outputs, model.config).items():
+            self._record(name, value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss terms and the routing since the last log."""
@@ -152,7 +186,9 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path, nu
         dataloader_num_workers=config.data.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        # Trackers come as callbacks.
         report_to=[],
+        run_name=run_name(folder),
         disable_tqdm=not sys.stderr.isatty(),
         ddp_find_unused_parameters=False,
         deepspeed=None if config.deepspeed is None else str(config.deepspeed),

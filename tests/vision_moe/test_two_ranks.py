@@ -1,4 +1,4 @@
-"""Two processes do what one does: contrastive loss and all its gradients, data check, features, router biases."""
+"""Two processes do what one does: loss and all its gradients, data check, features, checkpoints, router biases."""
 
 import os
 import socket
@@ -115,8 +115,23 @@ def test_the_sigmoid_loss_and_every_gradient_equal_those_of_one_process(inputs, 
             torch.testing.assert_close(found[f"{prefix}-{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_gradient_cache_on_two_ranks_gives_the_gradients_of_one_plain_step(inputs, results, make_tiny_clip):
+    clip = make_tiny_clip()
+    outputs = clip(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+    loss = contrastive_loss(outputs.image_embeds, outputs.text_embeds, clip.logit_scale.exp())
+    loss.backward()
+    for found in results:
+        torch.testing.assert_close(found["cached-loss"], loss.detach(), rtol=1e-5, atol=1e-6)
+        for name, parameter in clip.named_parameters():
+            torch.testing.assert_close(found[f"cached-{name}"], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_ranks_gather_in_order(results):
     assert [found["ranks"].tolist() for found in results] == [[0, 1], [0, 1]]
+
+
+def test_ranks_go_on_from_the_same_checkpoint(results):
+    assert [found["checkpoint_step"].tolist() for found in results] == [[2], [2]]
 
 
 def test_both_ranks_hold_the_features_that_one_process_extracts(

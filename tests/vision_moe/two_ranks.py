@@ -9,12 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, TrainerState, TrainingArguments
 
+from vision_moe.checkpoint import CheckpointMarker, last_checkpoint
 from vision_moe.contrastive import contrastive_loss, sigmoid_loss
 from vision_moe.data import open_captions
 from vision_moe.distributed import barrier, gather, is_main, rank, world_size
 from vision_moe.features import extract_features
+from vision_moe.grad_cache import cached_step, split_batch
 from vision_moe.router_bias import RouterBiasCallback
 from vision_moe.upcycle import upcycle
 
@@ -70,6 +72,39 @@ def choice_biases(dense: CLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str
     return {name: tensor for name, tensor in moe.state_dict().items() if name.endswith("choice_bias")}
 
 
+def cached_gradients(model: CLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Loss and every gradient of a CLIP under DDP, this rank's two pairs one after the other."""
+    own = slice(rank() * 2, rank() * 2 + 2)
+    wrapped = DistributedDataParallel(model.train())
+    loss, _ = cached_step(
+        wrapped,
+        split_batch({name: inputs[name][own] for name in ("input_ids", "pixel_values")}, 1),
+        lambda image_BD, text_BD, scale: contrastive_loss(image_BD, text_BD, scale.exp()),
+        [model.logit_scale],
+        lambda outputs: None,
+    )
+    return {"cached-loss": loss, **{f"cached-{name}": p.grad for name, p in model.named_parameters()}}
+
+
+def checkpoint_steps(out: Path) -> torch.Tensor:
+    """The step that each rank goes on from, of three with a file from each rank, whose newest is then damaged."""
+    for step in (1, 2, 3):
+        folder = out / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rng_state_{rank()}.pth").write_bytes(bytes(100))
+        CheckpointMarker().on_save(
+            TrainingArguments(str(out / "checkpoints"), use_cpu=True, report_to=[]),
+            TrainerState(global_step=step),
+            None,
+        )
+    if is_main():
+        # Rank 1 has written this file.
+        (folder / "rng_state_1.pth").write_bytes(bytes(99))
+    chosen = last_checkpoint(out / "checkpoints")
+    assert chosen is not None
+    return torch.tensor([int(chosen.rpartition("-")[2])])
+
+
 def main(data: Path, out: Path, model_folder: Path) -> None:
     assert not dist.is_initialized()
     assert world_size() == 2
@@ -77,9 +112,11 @@ def main(data: Path, out: Path, model_folder: Path) -> None:
     # The first wait of a run sets the process group up.
     assert dist.is_initialized()
     found = losses_and_gradients(load_file(out / "inputs.safetensors"))
+    found["checkpoint_step"] = checkpoint_steps(out)
     found["ranks"] = gather(torch.tensor([rank()]))
     model, processor = CLIPModel.from_pretrained(model_folder), CLIPProcessor.from_pretrained(model_folder)
     found |= choice_biases(model, load_file(out / "inputs.safetensors"))
+    found |= cached_gradients(CLIPModel.from_pretrained(model_folder), load_file(out / "inputs.safetensors"))
     features = extract_features(
         model, dataset, processor, cache_dir=out / "features", batch_size=2, chunk_size=3, fingerprint="x"
     )

@@ -109,7 +109,10 @@ def test_killed_run_ends_with_the_same_files_and_weights_as_an_unbroken_one(
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_checkpoint_without_its_mark_is_passed_over(make_config, tmp_path, kill_at, monkeypatch):
+@pytest.mark.parametrize("damage", ["unfinished", "truncated"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    make_config, tmp_path, kill_at, monkeypatch, caplog, damage
+):
     unbroken = make_config(tmp_path / "unbroken")
     run(unbroken)
     broken = replace(unbroken, output=tmp_path / "broken")
@@ -117,11 +120,13 @@ def test_checkpoint_without_its_mark_is_passed_over(make_config, tmp_path, kill_
     with pytest.raises(KilledError):
         run(broken)
     monkeypatch.undo()
-    # As a kill leaves it while the newest checkpoint is being written.
     newest = broken.output / "pretrain" / "checkpoints" / "checkpoint-2"
-    (newest / "complete.json").unlink()
+    if damage == "unfinished":
+        # As a kill leaves it while it is being written.
+        (newest / "complete.json").unlink()
     (newest / "trained.safetensors").write_bytes(b"half")
     run(broken)
+    assert "going back to checkpoint-1" in caplog.text
     expected, got = _weights(unbroken.output / "model"), _weights(broken.output / "model")
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
