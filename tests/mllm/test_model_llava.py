@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoProcessor,
     CLIPConfig,
     CLIPModel,
     LlamaForCausalLM,
@@ -261,6 +263,21 @@ def test_stock_transformers_loads_the_folder_and_gives_the_same_logits(
     assert (ours.lm_head.weight is ours.model.language_model.embed_tokens.weight) == tied
     assert ours.config.conversation_template == "v1"
     assert ours.config.image_aspect_ratio == "pad"
+
+
+def test_stock_processors_load_the_folder_and_expand_a_picture_to_the_towers_patches(
+    make_tower: Tower, tiny_llm: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, picture: Any
+) -> None:
+    folder = assemble(make_tower("dense"), tiny_llm, tiny_tokenizer, tmp_path / "llava")
+    # What lmms-eval's llava_hf asks of a folder.
+    config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    assert config.model_type == "llava"
+    messages = [{"role": "user", "content": "<image> Is there a dog?"}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=picture, text=text, return_tensors="pt")
+    assert (inputs["input_ids"] == config.image_token_id).sum() == 16
+    assert torch.isfinite(model(**inputs).logits).all()
 
 
 def test_assembled_parts_compute_what_they_did_apart(
