@@ -28,6 +28,7 @@ from mllm.conversation import IMAGE_TOKEN, Template, stop_token_ids
 from mllm.images import AspectRatio, build_image_processor
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.tower import load_tower
+from mllm.tower_fingerprint import record_tower
 from vision_moe.checkpoint import write_folder
 from vision_moe.model.families import tower_family
 
@@ -87,6 +88,7 @@ def build_llava(
     config.conversation_template = template
     config.image_aspect_ratio = image_aspect_ratio
     model = _join(config, tower, llm, dtype, seed)
+    record_tower(model)
     model.generation_config = GenerationConfig(
         bos_token_id=words.bos_token_id, eos_token_id=stop_ids, pad_token_id=words.pad_token_id
     )

@@ -24,6 +24,7 @@ from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.parts import set_trainable
 from mllm.recipe import LlavaConfig, StageConfig
 from mllm.sampler import DialogueBatchSampler
+from mllm.tower_fingerprint import record_tower
 from mllm.trainer import CheckpointMarker, LlavaTrainer, last_complete_checkpoint
 from mllm.training_batch import TrainingCollator
 from vision_moe.checkpoint import write_folder
@@ -201,6 +202,7 @@ class StageRunner:
             state.pop(tied, None)
         model.config.image_aspect_ratio = stage.image_aspect_ratio or self.config.image_aspect_ratio
         model.config.use_cache = True
+        record_tower(model, state)
 
         def write(folder: Path) -> None:
             # Under the model's own names: the "original" ones that save_pretrained would go back to depend on how the

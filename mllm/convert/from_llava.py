@@ -23,6 +23,7 @@ from mllm.convert.llava_config import LlavaSettings, has_settings, language_conf
 from mllm.convert.names import check_fit, refuse, split_parts, without_peft
 from mllm.convert.weights import read_weights
 from mllm.templates import Template
+from mllm.tower_fingerprint import record_tower
 from vision_moe.convert.state_file import read_state
 from vision_moe.model.families import tower_family
 from vision_moe.tracking import setup_logging
@@ -113,6 +114,7 @@ def from_llava(
     _load_part("projector", model.model.multi_modal_projector, parts.projector)
     if parts.tower:
         _load_tower(model.model.vision_tower, parts.tower)
+        record_tower(model)
     save(model, processor, out_dir)
     logger.info("written: %s", out_dir)
 
