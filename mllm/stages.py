@@ -22,6 +22,7 @@ from mllm.images import set_aspect_ratio
 from mllm.lora import merge_lora
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.parts import set_trainable
+from mllm.preflight import preflight
 from mllm.recipe import LlavaConfig, StageConfig
 from mllm.sampler import DialogueBatchSampler
 from mllm.tower_fingerprint import record_tower
@@ -68,6 +69,7 @@ class StageRunner:
         trained = set_trainable(model, stage)
         trainer = self._trainer(name, stage, model, args, dataset, num_steps)
         self._log_plan(name, stage, num_steps, trained)
+        preflight(trainer, stage, folder / "checkpoints")
         checkpoint = last_complete_checkpoint(folder / "checkpoints")
         if checkpoint:
             logger.info("stage %s goes on from %s", name, checkpoint)
