@@ -28,6 +28,7 @@ from mllm.sampler import DialogueBatchSampler
 from mllm.tower_fingerprint import record_tower
 from mllm.trainer import CheckpointMarker, LlavaTrainer, last_complete_checkpoint
 from mllm.training_batch import TrainingCollator
+from mllm.watchdog import HangWatchdog
 from vision_moe.checkpoint import write_folder
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.files import write_json
@@ -74,7 +75,8 @@ class StageRunner:
         if checkpoint:
             logger.info("stage %s goes on from %s", name, checkpoint)
         began = time.monotonic()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with HangWatchdog(folder, self.config.hang_timeout).watching(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint)
         summary = {
             "name": name,
             "steps": num_steps,
