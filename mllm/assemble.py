@@ -24,6 +24,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from mllm.chat_template import chat_template
 from mllm.conversation import IMAGE_TOKEN, Template, stop_token_ids
 from mllm.images import AspectRatio, build_image_processor
 from mllm.model import LlavaMoEForConditionalGeneration
@@ -93,7 +94,9 @@ def build_llava(
         bos_token_id=words.bos_token_id, eos_token_id=stop_ids, pad_token_id=words.pad_token_id
     )
     source = None if isinstance(vision, PreTrainedModel) else vision
-    return model, _processor(tower.config, words, image_aspect_ratio, source)
+    processor = _processor(tower.config, words, image_aspect_ratio, source)
+    processor.chat_template = chat_template(template, words)
+    return model, processor
 
 
 def assemble(

@@ -20,6 +20,7 @@ from transformers import (
 
 import mllm.loss
 from mllm.assemble import assemble, build_llava
+from mllm.conversation import encode_prompt
 from mllm.loss import supervised_loss
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.tower import load_tower
@@ -273,9 +274,18 @@ def test_stock_processors_load_the_folder_and_expand_a_picture_to_the_towers_pat
     config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     assert config.model_type == "llava"
-    messages = [{"role": "user", "content": "<image> Is there a dog?"}]
+    question = [{"type": "image"}, {"type": "text", "text": "Is there a dog?"}]
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+        {"role": "user", "content": "Is it red?"},
+    ]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=picture, text=text, return_tensors="pt")
+    turns = [("human", "<image>\nIs there a dog?"), ("gpt", "Yes"), ("human", "Is it red?")]
+    trained = encode_prompt([{"from": role, "value": said} for role, said in turns], processor.tokenizer, "v1")
+    ids = inputs["input_ids"][0]
+    assert ids[ids != config.image_token_id].tolist() == [token_id for token_id in trained if token_id >= 0]
     assert (inputs["input_ids"] == config.image_token_id).sum() == 16
     assert torch.isfinite(model(**inputs).logits).all()
 
