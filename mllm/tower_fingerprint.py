@@ -74,6 +74,6 @@ def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
     """Brings parameters together that ZeRO-3 has split over the ranks."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(parameters)
