@@ -24,10 +24,12 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from mllm.chat_template import chat_template
 from mllm.conversation import IMAGE_TOKEN, Template, stop_token_ids
 from mllm.images import AspectRatio, build_image_processor
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.tower import load_tower
+from mllm.tower_fingerprint import record_tower
 from vision_moe.checkpoint import write_folder
 from vision_moe.model.families import tower_family
 
@@ -87,11 +89,14 @@ def build_llava(
     config.conversation_template = template
     config.image_aspect_ratio = image_aspect_ratio
     model = _join(config, tower, llm, dtype, seed)
+    record_tower(model)
     model.generation_config = GenerationConfig(
         bos_token_id=words.bos_token_id, eos_token_id=stop_ids, pad_token_id=words.pad_token_id
     )
     source = None if isinstance(vision, PreTrainedModel) else vision
-    return model, _processor(tower.config, words, image_aspect_ratio, source)
+    processor = _processor(tower.config, words, image_aspect_ratio, source)
+    processor.chat_template = chat_template(template, words)
+    return model, processor
 
 
 def assemble(

@@ -16,6 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 # Importing it registers CLIP-MoE with transformers, or a saved vision_config would be of unknown type.
 import vision_moe.model  # noqa: F401
 from mllm.loss import supervised_loss
+from mllm.tower_fingerprint import check_tower
 
 
 @dataclass
@@ -34,6 +35,17 @@ class LlavaMoEOutput(LlavaCausalLMOutputWithPast):
 
 class LlavaMoEForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVA; without labels, or in evaluation, it computes what its parent does."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the vision tower is not the one that the config records, see `mllm.tower_fingerprint`.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        check_tower(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def train(self, mode: bool = True) -> "LlavaMoEForConditionalGeneration":
         """Sets the mode of all parts; a frozen tower stays in evaluation, without router noise and aux loss."""

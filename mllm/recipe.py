@@ -151,12 +151,17 @@ class LlavaConfig:
     """Steps between checkpoints; a killed stage goes on from the last one, or the one before if that is damaged."""
     report_to: tuple[Tracker, ...] = ()
     """Trackers that get every entry of metrics.jsonl as well: tensorboard, wandb, trackio (docs/training.md)."""
+    hang_timeout: int = 1800
+    """Seconds without the end of a step after which the stacks of all threads are written to hang_rank*.txt in the
+    stage's folder and the process exits; saving a checkpoint must fit in. 0 waits for ever."""
     seed: int = 0
     """Seed of everything."""
 
     def __post_init__(self) -> None:
         if not (self.pretrain.enabled or self.finetune.enabled):
             raise ValueError("both stages are disabled; enable pretrain, finetune, or both")
+        if self.hang_timeout < 0:
+            raise ValueError(f"hang_timeout must be a number of seconds, or 0 for none, but got {self.hang_timeout}")
         if self.deepspeed not in ("zero2", "zero3", "none") and not Path(self.deepspeed).is_file():
             raise ValueError(
                 f"deepspeed must be zero2, zero3, none or an existing JSON file, but got {self.deepspeed!r}"

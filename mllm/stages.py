@@ -22,10 +22,13 @@ from mllm.images import set_aspect_ratio
 from mllm.lora import merge_lora
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.parts import set_trainable
+from mllm.preflight import preflight
 from mllm.recipe import LlavaConfig, StageConfig
 from mllm.sampler import DialogueBatchSampler
+from mllm.tower_fingerprint import record_tower
 from mllm.trainer import LlavaTrainer
 from mllm.training_batch import TrainingCollator
+from mllm.watchdog import HangWatchdog
 from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.files import write_json
@@ -68,11 +71,13 @@ class StageRunner:
         trained = set_trainable(model, stage)
         trainer = self._trainer(name, stage, model, args, dataset, num_steps)
         self._log_plan(name, stage, num_steps, trained)
+        preflight(trainer, stage, folder / "checkpoints")
         checkpoint = last_checkpoint(folder / "checkpoints")
         if checkpoint:
             logger.info("stage %s goes on from %s", name, checkpoint)
         began = time.monotonic()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with HangWatchdog(folder, self.config.hang_timeout).watching(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint)
         summary = {
             "name": name,
             "steps": num_steps,
@@ -208,6 +213,7 @@ class StageRunner:
             state.pop(tied, None)
         model.config.image_aspect_ratio = stage.image_aspect_ratio or self.config.image_aspect_ratio
         model.config.use_cache = True
+        record_tower(model, state)
 
         def write(folder: Path) -> None:
             # Under the model's own names: the "original" ones that save_pretrained would go back to depend on how the

@@ -13,7 +13,7 @@ IMAGE_TOKEN = "<image>"
 
 Template = Literal["v1", "plain", "llama_2", "chatml", "chat"]
 
-_V1_SYSTEM = (
+V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
@@ -63,7 +63,7 @@ def render(template: str, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerB
 
 def _render_v1(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Rendered:
     end = _special(tokenizer.eos_token, "v1", "ends answers with the tokenizer's eos_token")
-    pieces = [(f"{_V1_SYSTEM} ", False)]
+    pieces = [(f"{V1_SYSTEM} ", False)]
     for turn in turns:
         pieces.append((f" {turn.text}{end}", True) if turn.is_answer else (f"USER: {turn.text} ASSISTANT:", False))
     return _joined(pieces, turns)

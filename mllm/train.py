@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SMOKE = Path(__file__).parent / "recipes" / "smoke.yaml"
 # Fields that may differ between a run and its continuation.
-_FREE_FIELDS = ("logging_steps", "save_steps", "report_to", "num_workers")
+_FREE_FIELDS = ("logging_steps", "save_steps", "report_to", "num_workers", "hang_timeout")
 
 
 def main() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Sampler
 
+from mllm.loss_watch import LossWatch
 from mllm.parts import named_parts
+from mllm.sampler import DialogueBatchSampler
 from mllm.training_batch import BatchTally
 from vision_moe.distributed import is_main
 from vision_moe.sampled_trainer import SampledTrainer
@@ -31,12 +32,13 @@ class LlavaTrainer(SampledTrainer):
     optimizer: Optimizer | None
 
     def __init__(
-        self, *args: Any, batch_sampler: Sampler[Any], learning_rates: Mapping[str, float], **kwargs: Any
+        self, *args: Any, batch_sampler: DialogueBatchSampler, learning_rates: Mapping[str, float], **kwargs: Any
     ) -> None:
         super().__init__(*args, batch_sampler=batch_sampler, **kwargs)
         self.learning_rates = learning_rates
         self._aux_losses: list[Tensor] = []
         self._tally = BatchTally(self.args.device)
+        self._loss_watch = LossWatch(batch_sampler, self.train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """AdamW over the parameters that train, in groups of one part each, with and without weight decay."""
@@ -59,6 +61,7 @@ class LlavaTrainer(SampledTrainer):
             # A step whose samples were all skipped has a loss of 0, not of 0 / 0.
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._loss_watch.check(loss, self.state.global_step)
         aux_loss = getattr(outputs, "aux_loss", None)
         if aux_loss is not None:
             self._aux_losses.append(aux_loss.detach().float().cpu())

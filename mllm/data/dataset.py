@@ -158,6 +158,10 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
             )
         return self._cut(*self._expand(input_ids, labels), names)
 
+    def sample_id(self, number: int) -> str:
+        """What the file calls a sample: its "id", or its number if it has none."""
+        return str(self.index[number].get("id", number))
+
     def picture_path(self, name: str) -> Path:
         """Where a picture lies.
 

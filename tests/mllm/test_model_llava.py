@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoProcessor,
     CLIPConfig,
     CLIPModel,
     LlamaForCausalLM,
@@ -18,6 +20,7 @@ from transformers import (
 
 import mllm.loss
 from mllm.assemble import assemble, build_llava
+from mllm.conversation import encode_prompt
 from mllm.loss import supervised_loss
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.tower import load_tower
@@ -261,6 +264,30 @@ def test_stock_transformers_loads_the_folder_and_gives_the_same_logits(
     assert (ours.lm_head.weight is ours.model.language_model.embed_tokens.weight) == tied
     assert ours.config.conversation_template == "v1"
     assert ours.config.image_aspect_ratio == "pad"
+
+
+def test_stock_processors_load_the_folder_and_expand_a_picture_to_the_towers_patches(
+    make_tower: Tower, tiny_llm: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, picture: Any
+) -> None:
+    folder = assemble(make_tower("dense"), tiny_llm, tiny_tokenizer, tmp_path / "llava")
+    # What lmms-eval's llava_hf asks of a folder.
+    config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    assert config.model_type == "llava"
+    question = [{"type": "image"}, {"type": "text", "text": "Is there a dog?"}]
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+        {"role": "user", "content": "Is it red?"},
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=picture, text=text, return_tensors="pt")
+    turns = [("human", "<image>\nIs there a dog?"), ("gpt", "Yes"), ("human", "Is it red?")]
+    trained = encode_prompt([{"from": role, "value": said} for role, said in turns], processor.tokenizer, "v1")
+    ids = inputs["input_ids"][0]
+    assert ids[ids != config.image_token_id].tolist() == [token_id for token_id in trained if token_id >= 0]
+    assert (inputs["input_ids"] == config.image_token_id).sum() == 16
+    assert torch.isfinite(model(**inputs).logits).all()
 
 
 def test_assembled_parts_compute_what_they_did_apart(
