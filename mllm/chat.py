@@ -20,7 +20,7 @@ from torch import Tensor
 from mllm.conversation import IMAGE_TOKEN
 from mllm.generate import Chat, load
 from mllm.images import read_image
-from mllm.pretrained import Quantization
+from mllm.quantization import Quantization
 from vision_moe.config import parse
 
 LoadIn = Literal["4bit", "8bit", "bf16", "fp16", "fp32"]
@@ -34,7 +34,7 @@ class ChatConfig:
     """Chat with a LLaVA in the terminal."""
 
     model: str
-    """Folder of a model that mllm.train wrote."""
+    """Folder of a model or an adapter that mllm.train wrote."""
     image: list[str] = field(default_factory=list)
     """Picture of the first question; several times for several pictures."""
     question: str | None = None

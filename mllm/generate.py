@@ -19,7 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mllm.conversation import IMAGE_TOKEN, IMAGE_TOKEN_ID, Template, encode_prompt, stop_token_ids
 from mllm.images import pixels
 from mllm.model import LlavaMoEForConditionalGeneration
-from mllm.pretrained import Quantization, load_model, load_processor
+from mllm.pretrained import load_model, load_processor
+from mllm.quantization import Quantization
 from mllm.streaming import Generation, StopOnEvent
 
 Messages = Sequence[dict[str, str]]
@@ -219,14 +220,16 @@ def load(
     """Loads a model that `mllm.assemble` or `mllm.train` wrote.
 
     Args:
-        folder: the model.
+        folder: the model, or an adapter that `mllm.train` wrote, whose base model is loaded with it.
         dtype: of the weights; None = as saved.
         device: None = a GPU if there is one, else the CPU.
         quantization: "4bit" or "8bit" holds the language model's weights in fewer bits (bitsandbytes).
         template: None = the one in the model's config.
 
     Raises:
-        ValueError: no template is known, an unknown quantization, or the folder lacks weights.
+        FileNotFoundError: an adapter's base model is not where it was.
+        ValueError: no template is known, an unknown quantization, the folder lacks weights, or an adapter's base model
+            has changed.
     """
     model = load_model(folder, dtype, device, quantization)
     template = template or getattr(model.config, "conversation_template", None)

@@ -246,5 +246,5 @@ def test_quantisation_reaches_the_language_model_alone(
         parts.multi_modal_projector.linear_1,
         chat.model.lm_head,
     )
-    assert [type(module) for module in spared] == [torch.nn.Linear] * 3
+    assert all(module.weight.is_floating_point() for module in spared)
     assert isinstance(chat.generate(ASK, [picture], max_new_tokens=3), str)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import mllm.recipe
 from mllm.train import run
 from vision_moe.config import write_yaml
 
@@ -93,6 +94,29 @@ def test_zero3_on_two_ranks_equals_one_process(unbroken, make_config, tmp_path):
 @pytest.mark.slow
 def test_zero3_survives_kill_9_in_each_stage(unbroken, tmp_path):
     _assert_killed_run_ends_alike(unbroken("zero3"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_zero2_trains_adapters_on_quantised_weights_and_survives_kill_9(unbroken, tmp_path, quantization):
+    pytest.importorskip("bitsandbytes")
+    config = unbroken("zero2", finetune={"llm": "lora", "quantization": quantization}, bf16=True)
+    before = load_file(config.output / "pretrain" / "model" / "model.safetensors")
+    after = load_file(config.output / "model" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(before, torch.bfloat16)
+    assert any(not torch.equal(before[name], after[name]) for name in after if "q_proj" in name)
+    _assert_killed_run_ends_alike(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["llava15_7b_lora", "llava15_7b_qlora"])
+def test_published_recipes_with_adapters_run_their_smoke_form(recipe, tmp_path):
+    path = Path(mllm.recipe.__file__).parent / "recipes" / f"{recipe}.yaml"
+    command = [sys.executable, "-m", "mllm.train", str(path), "--smoke", "--output", str(tmp_path / "run")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    subprocess.run(command, env=environment, check=True, timeout=_TIMEOUT_S)
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).is_file()
 
 
 @pytest.mark.slow
