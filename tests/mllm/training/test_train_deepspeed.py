@@ -120,8 +120,9 @@ def test_published_recipes_with_adapters_run_their_smoke_form(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_zero3_trains_lora_and_tower_in_bfloat16(unbroken):
-    config = unbroken("zero3", finetune={"llm": "lora", "tower": "full"}, bf16=True)
+@pytest.mark.parametrize("tower", ["frozen", "full"])
+def test_zero3_trains_lora_with_and_without_the_tower_in_bfloat16(unbroken, tower):
+    config = unbroken("zero3", finetune={"llm": "lora", "tower": tower}, bf16=True)
     before = load_file(config.output / "pretrain" / "model" / "model.safetensors")
     after = load_file(config.output / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
