@@ -144,7 +144,8 @@ def save(model: PreTrainedModel, processor: LlavaProcessor, folder: Path) -> Non
     """Writes model and processor so that the folder is all that `mllm.generate.load` needs."""
 
     def write(target: Path) -> None:
-        model.save_pretrained(target)
+        # Under the model's own names, like every stage's model.
+        model.save_pretrained(target, save_original_format=False)
         processor.save_pretrained(target)
 
     write_folder(folder, write)

@@ -1,5 +1,6 @@
 """Readies DeepSpeed before a model is built, on GPUs and on processors without one."""
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -14,6 +15,15 @@ def deepspeed_config(name: str) -> str | None:
     if name == "none":
         return None
     return str(_FOLDER / f"{name}.json") if name in ("zero2", "zero3") else name
+
+
+def zero_stage(name: str) -> int:
+    """ZeRO's stage in a recipe's `deepspeed`; 0 for "none" and for a JSON that names none."""
+    path = deepspeed_config(name)
+    if path is None:
+        return 0
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def init_deepspeed() -> None:

@@ -1,9 +1,9 @@
 """Asks a LLaVA: the one way from messages and pictures to an answer, used by evaluation and demo alike."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -14,15 +14,19 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm.conversation import IMAGE_TOKEN, IMAGE_TOKEN_ID, Template, encode_prompt, stop_token_ids
 from mllm.images import pixels
 from mllm.model import LlavaMoEForConditionalGeneration
-from mllm.pretrained import Quantization, load_model, load_processor
+from mllm.pretrained import load_model, load_processor
+from mllm.quantization import Quantization
 from mllm.streaming import Generation, StopOnEvent
 
 Messages = Sequence[dict[str, str]]
-Question = tuple[Messages, Sequence[Image.Image]]
+# A picture, or what `Chat.image_features` made of it.
+Picture: TypeAlias = Image.Image | Tensor
+Question = tuple[Messages, Sequence[Picture]]
 _DEFAULT_NEW_TOKENS = 512
 
 
@@ -30,7 +34,8 @@ class Chat:
     """A model with the processor and the template it was trained with.
 
     Messages are {"role": "user" | "assistant", "content": text}, ending with the user's. Each `<image>` in them stands
-    for one picture, in order; if there is none, the pictures go to the head of the first message.
+    for one picture, in order; if there is none, the pictures go to the head of the first message. A conversation of
+    several turns runs the tower once if it gives `image_features` in place of pictures.
 
     Args:
         model: the LLaVA.
@@ -47,7 +52,7 @@ class Chat:
     def generate(
         self,
         messages: Messages,
-        images: Sequence[Image.Image] = (),
+        images: Sequence[Picture] = (),
         max_new_tokens: int = _DEFAULT_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -79,12 +84,12 @@ class Chat:
     def stream(
         self,
         messages: Messages,
-        images: Sequence[Image.Image] = (),
+        images: Sequence[Picture] = (),
         max_new_tokens: int = _DEFAULT_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop: threading.Event | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The answer as it grows: each item is all of it so far. Ends early when `stop` is set or it is closed.
 
         Args:
@@ -121,6 +126,15 @@ class Chat:
             raise run.error
 
     @torch.inference_mode()
+    def image_features(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """What the language model reads of each picture, float[P, D]: a row for each of its P image tokens."""
+        batch = torch.stack([pixels(self.processor.image_processor, image) for image in images])
+        features: list[Tensor] = self.model.get_image_features(
+            batch.to(self.model.device), return_dict=True
+        ).pooler_output
+        return features
+
+    @torch.inference_mode()
     def router_logits(self, image: Image.Image) -> tuple[list[Tensor], tuple[int, int]]:
         """How the tower routes a picture.
 
@@ -136,7 +150,7 @@ class Chat:
         outputs = self.model.model.vision_tower(batch, output_router_logits=True)
         return [logits[0].float().cpu() for logits in outputs.router_logits], (side, side)
 
-    def _inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+    def _inputs(self, questions: Sequence[Question]) -> dict[str, Any]:
         """Left-padded batch for `model.generate`."""
         rows = [self._prompt_ids(messages, len(images)) for messages, images in questions]
         length = max(len(row) for row in rows)
@@ -145,14 +159,21 @@ class Chat:
             raise ValueError(f"the conversation takes {length} tokens, but the model reads at most {limit}; shorten it")
         pad = self.processor.tokenizer.pad_token_id
         device = self.model.device
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device),
             "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device),
         }
-        pictures = [pixels(self.processor.image_processor, image) for _, images in questions for image in images]
+        pictures = [image for _, images in questions for image in images]
         if pictures:
-            inputs["pixel_values"] = torch.stack(pictures).to(device)
+            # Features, since generate would give every beam the pixels in an order that mixes up several pictures.
+            features = BaseModelOutputWithPooling(pooler_output=self._features(pictures))
+            inputs["mm_encoder_outputs"] = {"image": features}
         return inputs
+
+    def _features(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        unread = [picture for picture in pictures if isinstance(picture, Image.Image)]
+        read = iter(self.image_features(unread) if unread else [])
+        return [next(read) if isinstance(picture, Image.Image) else picture for picture in pictures]
 
     def _prompt_ids(self, messages: Messages, num_images: int) -> list[int]:
         conversation = _place_images(_to_conversation(messages), num_images)
@@ -199,14 +220,16 @@ def load(
     """Loads a model that `mllm.assemble` or `mllm.train` wrote.
 
     Args:
-        folder: the model.
+        folder: the model, or an adapter that `mllm.train` wrote, whose base model is loaded with it.
         dtype: of the weights; None = as saved.
         device: None = a GPU if there is one, else the CPU.
         quantization: "4bit" or "8bit" holds the language model's weights in fewer bits (bitsandbytes).
         template: None = the one in the model's config.
 
     Raises:
-        ValueError: no template is known, an unknown quantization, or the folder lacks weights.
+        FileNotFoundError: an adapter's base model is not where it was.
+        ValueError: no template is known, an unknown quantization, the folder lacks weights, or an adapter's base model
+            has changed.
     """
     model = load_model(folder, dtype, device, quantization)
     template = template or getattr(model.config, "conversation_template", None)

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mllm.generate import Chat, load
-from mllm.pretrained import Quantization
+from mllm.quantization import Quantization
 
 logger = logging.getLogger(__name__)
 

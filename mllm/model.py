@@ -93,16 +93,17 @@ class LlavaMoEForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> LlavaMoEOutput:
         seen = pixel_values if pixel_values is not None else self._blank_picture()
         images = self.model.get_image_features(pixel_values=seen, return_dict=True)
-        if pixel_values is not None:
-            inputs["mm_encoder_outputs"] = {"image": images}
+        if pixel_values is None:
+            # No rows of a blank picture go into the text, yet every rank runs tower and projector and has gradients for
+            # them, and through the first layer for the text even if all else before it is frozen, as under LoRA: ranks
+            # that differ in this hang under DDP or ZeRO-3.
+            images.pooler_output = [features[:0] for features in images.pooler_output]
+        inputs["mm_encoder_outputs"] = {"image": images}
         outputs = self.model(input_ids=input_ids, **{**inputs, "return_dict": True, "use_cache": False})
         loss, num_supervised = supervised_loss(outputs.last_hidden_state, labels, self.lm_head, num_items)
         aux_loss = self._tower_aux_loss(images)
-        if pixel_values is None:
-            # Every rank must run tower and projector and have gradients for them, or DDP and ZeRO-3 hang.
-            loss = loss + 0.0 * sum(features.sum() for features in images.pooler_output)
-            if aux_loss is not None:
-                loss, aux_loss = loss + 0.0 * aux_loss, None
+        if pixel_values is None and aux_loss is not None:
+            loss, aux_loss = loss + 0.0 * aux_loss, None
         elif aux_loss is not None:
             # The Trainer sums the losses of a step's micro batches: shares that sum to 1 make the aux losses a mean.
             share = 1.0 if num_items is None else num_supervised / num_items

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from mllm.lora import add_lora
 from mllm.recipe import StageConfig
@@ -28,18 +29,19 @@ def named_parts(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     return parts
 
 
-def set_trainable(model: nn.Module, stage: StageConfig) -> dict[str, dict[str, int]]:
+def set_trainable(model: PreTrainedModel, stage: StageConfig) -> dict[str, dict[str, int]]:
     """Freezes and frees the parts as the stage says; adds adapters for llm: lora.
 
     Returns:
         For each part the numbers of trained and of all parameters, ZeRO-3's partitioned ones counted whole.
     """
     modes = {"projector": stage.projector, "llm": stage.llm, "tower": stage.tower}
-    for part, parameters in named_parts(model).items():
-        for _, parameter in parameters:
-            parameter.requires_grad_(modes[part] == "full")
     if stage.llm == "lora":
-        add_lora(model.model.language_model, stage.lora)
+        add_lora(model, stage.lora)
+    for part, parameters in named_parts(model).items():
+        # Under LoRA the language model is as add_lora left it.
+        for _, parameter in parameters if modes[part] != "lora" else ():
+            parameter.requires_grad_(modes[part] == "full")
     return {
         part: {
             "trained": sum(num_elements(p) for _, p in parameters if p.requires_grad),

@@ -1,15 +1,14 @@
 """Loads what `mllm.assemble` and `mllm.train` wrote: the model, whole or in few bits, and its processor."""
 
 from pathlib import Path
-from typing import Literal
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlavaProcessor
+from transformers import AutoTokenizer, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from mllm.adapter import attach, find_base, is_adapter
 from mllm.model import LlavaMoEForConditionalGeneration
-
-Quantization = Literal["4bit", "8bit"]
+from mllm.quantization import Quantization, quantization_config
 
 
 def load_model(
@@ -18,22 +17,23 @@ def load_model(
     device: torch.device | str | None = None,
     quantization: Quantization | None = None,
 ) -> LlavaMoEForConditionalGeneration:
-    """Loads a saved LLaVA; arguments as in `mllm.generate.load`.
+    """Loads a saved LLaVA, or an adapter together with its base model; arguments as in `mllm.generate.load`.
 
     Raises:
-        ValueError: an unknown quantization, or the folder lacks weights.
+        FileNotFoundError: an adapter's base model is not where it was.
+        ValueError: an unknown quantization, the folder lacks weights, or an adapter's base model has changed.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, report = LlavaMoEForConditionalGeneration.from_pretrained(
-        folder,
+        find_base(Path(folder)) if is_adapter(folder) else folder,
         dtype=dtype or "auto",
         device_map={"": device},
-        quantization_config=_quantization_config(quantization),
+        quantization_config=None if quantization is None else quantization_config(quantization),
         output_loading_info=True,
     )
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ValueError(f"{folder} is no complete model; missing: {sorted(report['missing_keys'])}")
-    return model
+    return attach(model, Path(folder)) if is_adapter(folder) else model
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:
@@ -45,21 +45,3 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
         tokenizer=AutoTokenizer.from_pretrained(folder),
         **{name: settings[name] for name in names if name in settings},
     )
-
-
-def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
-    if quantization is None:
-        return None
-    # Full names: "vision_tower" alone would match nothing, and the tower would be quantised unnoticed.
-    spared = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    if quantization == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=spared,
-        )
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=spared)
-    raise ValueError(f"unknown quantization {quantization!r}; choose one of: 4bit, 8bit")

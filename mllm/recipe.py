@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mllm.deepspeed_setup import zero_stage
+from mllm.quantization import Quantization
 from vision_moe.stage_recipe import Tracker
 
 TrainMode = Literal["frozen", "full", "lora"]
@@ -49,6 +51,9 @@ class StageConfig:
     """Peak learning rate of the language model or its adapters."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Adapters for llm: lora."""
+    quantization: Quantization | None = None
+    """Bits that hold the language model's weights under llm: lora: 4bit is QLoRA's NF4, 8bit is LLM.int8(); not under
+    ZeRO-3. The finished model is not quantised."""
     epochs: float = 1.0
     """Passes over the data when samples is None."""
     samples: int | None = None
@@ -77,6 +82,11 @@ class StageConfig:
             return
         if (self.tower, self.projector, self.llm) == ("frozen", "frozen", "frozen"):
             raise ValueError("a stage must train something, but tower, projector and llm are all frozen")
+        if self.quantization is not None and self.llm != "lora":
+            raise ValueError(
+                f"quantised weights cannot train: quantization {self.quantization} needs llm: lora, "
+                f"but llm is {self.llm}"
+            )
         if self.global_batch_size < 1 or self.per_device_batch_size < 1:
             raise ValueError(
                 f"batch sizes must be positive, but got global_batch_size={self.global_batch_size} "
@@ -165,6 +175,12 @@ class LlavaConfig:
         if self.deepspeed not in ("zero2", "zero3", "none") and not Path(self.deepspeed).is_file():
             raise ValueError(
                 f"deepspeed must be zero2, zero3, none or an existing JSON file, but got {self.deepspeed!r}"
+            )
+        quantised = [name for name, stage in enabled_stages(self) if stage.quantization is not None]
+        if quantised and zero_stage(self.deepspeed) == 3:
+            raise ValueError(
+                f"stage {' and '.join(quantised)} has quantised weights, which ZeRO-3 cannot split over the processes; "
+                f"choose deepspeed zero2 or none, or quantization null"
             )
 
 

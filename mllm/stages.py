@@ -15,14 +15,16 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.utils.generic import is_flash_attention_requested
 
+from mllm.adapter import AdapterInfo, fingerprint, save_adapter
 from mllm.collate import LlavaCollator, PackedCollator
 from mllm.data import LlavaDataset
 from mllm.deepspeed_setup import deepspeed_config
 from mllm.images import set_aspect_ratio
-from mllm.lora import merge_lora
+from mllm.merge import merge_adapter
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.parts import set_trainable
 from mllm.preflight import preflight
+from mllm.quantization import accept_own_state, quantization_config
 from mllm.recipe import LlavaConfig, StageConfig
 from mllm.sampler import DialogueBatchSampler
 from mllm.tower_fingerprint import record_tower
@@ -67,7 +69,7 @@ class StageRunner:
         num_steps = math.ceil(samples / stage.global_batch_size)
         # Before the model: under ZeRO-3 these arguments make from_pretrained split every weight over the ranks.
         args = self._arguments(stage, folder, num_steps)
-        model = self._load(start)
+        model = self._load(start, stage, args.device)
         trained = set_trainable(model, stage)
         trainer = self._trainer(name, stage, model, args, dataset, num_steps)
         self._log_plan(name, stage, num_steps, trained)
@@ -86,7 +88,7 @@ class StageRunner:
             "seconds": round(time.monotonic() - began, 1),
             "seconds_cover": "since the resumption" if checkpoint else "the whole stage",
         }
-        self._save(trainer, stage, target)
+        self._save(trainer, stage, start, target)
         if is_main():
             write_json(folder / "stage.json", summary)
         barrier()
@@ -188,32 +190,53 @@ class StageRunner:
             deepspeed=deepspeed_config(self.config.deepspeed),
         )
 
-    def _load(self, start: Path) -> LlavaMoEForConditionalGeneration:
+    def _load(self, start: Path, stage: StageConfig, device: torch.device) -> LlavaMoEForConditionalGeneration:
         # DeepSpeed computes in bfloat16 and keeps float32 masters; autocast without it wants float32 weights.
         dtype = torch.bfloat16 if self.config.bf16 and self.config.deepspeed != "none" else torch.float32
+        quantized: dict[str, Any] = {}
+        if stage.quantization is not None:
+            compute_dtype = torch.bfloat16 if self.config.bf16 else torch.float32
+            config = quantization_config(stage.quantization, compute_dtype)
+            quantized = {"quantization_config": config, "device_map": {"": device}}
         model, report = LlavaMoEForConditionalGeneration.from_pretrained(
-            start, dtype=dtype, attn_implementation=self.config.attn_implementation, output_loading_info=True
+            start,
+            dtype=dtype,
+            attn_implementation=self.config.attn_implementation,
+            output_loading_info=True,
+            **quantized,
         )
+        if quantized:
+            accept_own_state(model)
         wrong = {name: sorted(keys) for name, keys in report.items() if keys}
         if wrong:
             raise ValueError(f"{start} does not hold this model: {wrong}")
         model.config.use_cache = False
         return model
 
-    def _save(self, trainer: LlavaTrainer, stage: StageConfig, target: Path) -> None:
+    def _save(self, trainer: LlavaTrainer, stage: StageConfig, start: Path, target: Path) -> None:
         # All ranks take part: ZeRO-3 gathers every weight.
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if not is_main():
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
+        aspect_ratio = stage.image_aspect_ratio or self.config.image_aspect_ratio
+        record_tower(model, state)
         if stage.llm == "lora":
-            state = merge_lora(state, stage.lora)
+            info = AdapterInfo(
+                base=str(start.resolve()),
+                base_fingerprint=fingerprint(start),
+                quantization=stage.quantization,
+                image_aspect_ratio=aspect_ratio,
+                vision_tower_fingerprint=model.config.vision_tower_fingerprint,
+            )
+            save_adapter(target.with_name("adapter"), model, state, info, self.processor)
+            merge_adapter(target.with_name("adapter"), target)
+            return
         # Gathered weights are copies, so save_pretrained would not see that the head is the embedding's.
         for tied in model.all_tied_weights_keys:
             state.pop(tied, None)
-        model.config.image_aspect_ratio = stage.image_aspect_ratio or self.config.image_aspect_ratio
+        model.config.image_aspect_ratio = aspect_ratio
         model.config.use_cache = True
-        record_tower(model, state)
 
         def write(folder: Path) -> None:
             # Under the model's own names: the "original" ones that save_pretrained would go back to depend on how the

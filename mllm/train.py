@@ -64,7 +64,8 @@ def run(config: LlavaConfig) -> Path:
     runner = StageRunner(config, LlavaProcessor.from_pretrained(_first_existing([*reversed(folders), start])))
     for (name, stage), source, target in zip(stages, [start, *folders], folders, strict=False):
         runner.run(name, stage, source, target)
-    if is_main():
+    # The adapter of a first stage with LoRA needs its base model.
+    if is_main() and stages[0][1].llm != "lora":
         shutil.rmtree(start, ignore_errors=True)
     barrier()
     return folders[-1]

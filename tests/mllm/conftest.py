@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mllm.assemble import assemble
+from mllm.generate import Chat, load
 from mllm.tokenizer import train_tokenizer
 from vision_moe.model import CLIPMoEVisionConfig, CLIPMoEVisionModel
 
@@ -96,3 +98,19 @@ def write_llava(tmp_path: Path, picture: Image.Image) -> Callable[..., tuple[Pat
         return path, images
 
     return write
+
+
+@pytest.fixture
+def make_chat(
+    make_tower: Callable[..., PreTrainedModel],
+    tiny_llm: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> Callable[..., Chat]:
+    """make_chat(kind, template, **settings of load): a whole LLaVA, saved in tmp_path / "model" and loaded."""
+
+    def make(kind: str = "moe", template: str = "v1", **settings: Any) -> Chat:
+        folder = assemble(make_tower(kind), tiny_llm, tiny_tokenizer, tmp_path / "model", template=template)
+        return load(folder, device="cpu", **settings)
+
+    return make

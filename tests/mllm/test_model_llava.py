@@ -187,6 +187,19 @@ def test_text_alone_gives_tower_and_projector_gradients_of_zero(make_llava: Any,
     torch.testing.assert_close(output.loss, reference)
 
 
+def test_text_alone_goes_backward_through_a_frozen_language_model_as_pictures_do(make_llava: Any, batch: Any) -> None:
+    """Ranks that went backward through other weights would wait for each other under ZeRO-3."""
+    model = make_llava("dense").requires_grad_(False).train()
+    model.model.multi_modal_projector.requires_grad_(True)
+    reached: list[bool] = []
+    model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda module, args: reached.append(args[0].requires_grad)
+    )
+    for pictures in (True, False):
+        gradients(model, model(**batch(model, pictures=pictures)).loss)
+    assert reached == [True, True]
+
+
 def test_an_unfrozen_towers_aux_loss_counts_once(make_llava: Any, batch: Any) -> None:
     model = make_llava("moe", router_aux_loss_coef=0.5).train()
     inputs = batch(model)

@@ -59,7 +59,7 @@ def dialogues(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"pretrain": folder / "pretrain.json", "finetune": folder / "finetune.json", "images": folder}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(tiny_parts: dict[str, str], dialogues: dict[str, Path]) -> Callable[..., LlavaConfig]:
     """Makes the recipe of a run of 3 + 3 steps of 4 dialogues, in float32 without DeepSpeed unless told otherwise."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import mllm.recipe
 from mllm.train import run
 from vision_moe.config import write_yaml
 
@@ -96,8 +97,32 @@ def test_zero3_survives_kill_9_in_each_stage(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_zero3_trains_lora_and_tower_in_bfloat16(unbroken):
-    config = unbroken("zero3", finetune={"llm": "lora", "tower": "full"}, bf16=True)
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_zero2_trains_adapters_on_quantised_weights_and_survives_kill_9(unbroken, tmp_path, quantization):
+    pytest.importorskip("bitsandbytes")
+    config = unbroken("zero2", finetune={"llm": "lora", "quantization": quantization}, bf16=True)
+    before = load_file(config.output / "pretrain" / "model" / "model.safetensors")
+    after = load_file(config.output / "model" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(before, torch.bfloat16)
+    assert any(not torch.equal(before[name], after[name]) for name in after if "q_proj" in name)
+    _assert_killed_run_ends_alike(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["llava15_7b_lora", "llava15_7b_qlora"])
+def test_published_recipes_with_adapters_run_their_smoke_form(recipe, tmp_path):
+    path = Path(mllm.recipe.__file__).parent / "recipes" / f"{recipe}.yaml"
+    command = [sys.executable, "-m", "mllm.train", str(path), "--smoke", "--output", str(tmp_path / "run")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    subprocess.run(command, env=environment, check=True, timeout=_TIMEOUT_S)
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", ["frozen", "full"])
+def test_zero3_trains_lora_with_and_without_the_tower_in_bfloat16(unbroken, tower):
+    config = unbroken("zero3", finetune={"llm": "lora", "tower": tower}, bf16=True)
     before = load_file(config.output / "pretrain" / "model" / "model.safetensors")
     after = load_file(config.output / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}

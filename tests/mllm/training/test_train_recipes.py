@@ -32,13 +32,27 @@ def test_smoke_makes_two_steps_per_stage_of_any_recipe_with_packaged_parts(name,
         assert stage.data is None
 
 
-def test_llava15_recipe_has_the_published_hyper_parameters(tmp_path):
-    config = parse(LlavaConfig, [str(_RECIPES / "llava15_7b.yaml"), "--output", str(tmp_path)])
+_FULL = {"llm": "full", "llm_lr": 2e-5, "quantization": None}
+_LORA = {"llm": "lora", "llm_lr": 2e-4, "lora": {"r": 128, "alpha": 256, "dropout": 0.05}, "quantization": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "llm", "llm_tuning"),
+    [
+        ("llava15_7b", "lmsys/vicuna-7b-v1.5", _FULL),
+        ("llava15_13b", "lmsys/vicuna-13b-v1.5", _FULL),
+        ("llava15_7b_lora", "lmsys/vicuna-7b-v1.5", _LORA),
+        ("llava15_7b_qlora", "lmsys/vicuna-7b-v1.5", {**_LORA, "quantization": "4bit"}),
+    ],
+)
+def test_llava15_recipes_have_the_published_hyper_parameters(tmp_path, name, llm, llm_tuning):
+    config = parse(LlavaConfig, [str(_RECIPES / f"{name}.yaml"), "--output", str(tmp_path)])
+    assert config.llm == llm
     pretrain, finetune = to_dict(config.pretrain), to_dict(config.finetune)
     common = {"epochs": 1.0, "warmup": 0.03, "schedule": "cosine", "weight_decay": 0.0, "tower": "frozen"}
     published = {"template": "plain", "llm": "frozen", "projector_lr": 1e-3, "global_batch_size": 256}
     assert {name: pretrain[name] for name in common | published} == common | published
-    published = {"llm": "full", "llm_lr": 2e-5, "projector_lr": 2e-5, "global_batch_size": 128}
+    published = {**llm_tuning, "projector_lr": 2e-5, "global_batch_size": 128, "group_by_modality_length": True}
     assert {name: finetune[name] for name in common | published} == common | published
     assert (config.select_layer, config.max_length, config.image_aspect_ratio) == (-2, 2048, "pad")
 

@@ -91,11 +91,22 @@ def test_log_names_trained_parts_with_counts_and_the_derived_accumulation(make_c
     assert counts["projector"] == {"trained": 2 * (32 * 32 + 32), "all": 2 * (32 * 32 + 32)}
 
 
-@pytest.mark.parametrize(("stage", "llm"), [("pretrain", "full"), ("finetune", "full"), ("finetune", "lora")])
+@pytest.mark.parametrize(
+    ("stage", "llm", "quantization"),
+    [
+        ("pretrain", "full", None),
+        ("finetune", "full", None),
+        ("finetune", "lora", None),
+        ("finetune", "lora", "4bit"),
+        ("finetune", "lora", "8bit"),
+    ],
+)
 def test_killed_run_ends_with_the_same_files_and_weights_as_an_unbroken_one(
-    make_config, tmp_path, kill_at, monkeypatch, stage, llm
+    make_config, tmp_path, kill_at, monkeypatch, stage, llm, quantization
 ):
-    unbroken = make_config(tmp_path / "unbroken", finetune={"llm": llm})
+    if quantization is not None:
+        pytest.importorskip("bitsandbytes")
+    unbroken = make_config(tmp_path / "unbroken", finetune={"llm": llm, "quantization": quantization})
     run(unbroken)
     broken = replace(unbroken, output=tmp_path / "broken")
     kill_at(stage, 3)
