@@ -1,18 +1,55 @@
-"""How well a language model answers dialogues with their pictures in words, and with no pictures at all."""
+"""How well a language model answers dialogues with their pictures in words, and with no pictures at all.
 
+python -m mllm.lm_scores --model DIR --data SCENES --pictures_in_words SCENES/pictures_in_words.json
+"""
+
+import json
 import math
 import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mllm.collate import LlavaCollator
 from mllm.conversation import IGNORE_INDEX
-from mllm.lm_text import Pictures, Sample, encode_dialogue, questions
+from mllm.language_model import resolve_language_model
+from mllm.lm_text import Pictures, Sample, encode_dialogue, questions, read_dialogues, read_pictures, split
+from vision_moe.config import parse
 
 _EVAL_BATCH = 32
 _KEYS = ("input_ids", "labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresConfig:
+    """Scores a language model on dialogues that it was not trained on."""
+
+    model: str
+    """Language model: "scenes-llama", a folder or a hub name."""
+    data: Path
+    """Folder with llava_pretrain.json and llava_finetune.json."""
+    pictures_in_words: Path | None = None
+    """JSON file {image: [text, ...]}: what stands in place of a picture; None: its longest caption in the data."""
+    num_pictures: int = 200
+    """Pictures whose dialogues are asked."""
+    seed: int = 0
+    """Draws the pictures and their texts."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    config = parse(ScoresConfig, args)
+    samples = read_dialogues(config.data)
+    pictures = read_pictures(config.pictures_in_words, samples)
+    _, asked = split(samples, config.num_pictures, config.seed)
+    folder = resolve_language_model(config.model)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    scores = held_out_scores(model, AutoTokenizer.from_pretrained(folder), asked, pictures, config.seed)
+    sys.stdout.write(json.dumps(scores) + "\n")
 
 
 @torch.inference_mode()
@@ -61,3 +98,7 @@ def _scores(
         "yes_no_accuracy": num_right / max(num_asked, 1),
         "num_yes_no": num_asked,
     }
+
+
+if __name__ == "__main__":
+    main()

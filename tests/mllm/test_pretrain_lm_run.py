@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from mllm.conversation import IGNORE_INDEX
+from mllm.lm_scores import main as lm_scores_main
 from mllm.lm_text import (
     DialogueRows,
     collate_rows,
@@ -179,3 +180,11 @@ def test_a_run_goes_on_from_the_model_of_another(config, tmp_path):
         AutoTokenizer.from_pretrained(still.output / "model").get_vocab()
         == AutoTokenizer.from_pretrained(first).get_vocab()
     )
+
+
+def test_the_scores_command_gives_the_scores_of_the_run(config, capsys):
+    wanted = run(replace(config, dtype="float32"))
+    capsys.readouterr()
+    model = str(config.output / "model")
+    lm_scores_main(["--model", model, "--data", str(config.data), "--num_pictures", str(config.num_held_out)])
+    assert json.loads(capsys.readouterr().out) == pytest.approx(wanted)
