@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from transformers.utils.generic import is_flash_attention_requested
 from mllm.adapter import AdapterInfo, fingerprint, save_adapter
 from mllm.collate import LlavaCollator, PackedCollator
 from mllm.data import LlavaDataset
-from mllm.deepspeed_setup import deepspeed_config
 from mllm.images import set_aspect_ratio
 from mllm.merge import merge_adapter
 from mllm.model import LlavaMoEForConditionalGeneration
@@ -29,12 +27,13 @@ from mllm.recipe import LlavaConfig, StageConfig
 from mllm.sampler import DialogueBatchSampler
 from mllm.tower_fingerprint import record_tower
 from mllm.trainer import LlavaTrainer
+from mllm.training_arguments import training_arguments
 from mllm.training_batch import TrainingCollator
 from mllm.watchdog import HangWatchdog
 from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.files import write_json
-from vision_moe.trackers import run_name, tracker_callbacks
+from vision_moe.trackers import tracker_callbacks
 from vision_moe.tracking import MetricsCallback
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class StageRunner:
         samples = stage.samples if stage.samples is not None else math.ceil(stage.epochs * len(dataset))
         num_steps = math.ceil(samples / stage.global_batch_size)
         # Before the model: under ZeRO-3 these arguments make from_pretrained split every weight over the ranks.
-        args = self._arguments(stage, folder, num_steps)
+        args = training_arguments(self.config, stage, folder, num_steps)
         model = self._load(start, stage, args.device)
         trained = set_trainable(model, stage)
         trainer = self._trainer(name, stage, model, args, dataset, num_steps)
@@ -156,38 +155,6 @@ class StageRunner:
                 *tracker_callbacks(self.config.report_to, self.config.output / name),
                 CheckpointMarker(),
             ],
-        )
-
-    def _arguments(self, stage: StageConfig, folder: Path, num_steps: int) -> TrainingArguments:
-        return TrainingArguments(
-            output_dir=str(folder / "checkpoints"),
-            max_steps=num_steps,
-            per_device_train_batch_size=stage.per_device_batch_size,
-            gradient_accumulation_steps=stage.accumulation(world_size()),
-            # The largest; every part's own goes into its parameter groups.
-            learning_rate=max(stage.projector_lr, stage.llm_lr, stage.tower_lr),
-            weight_decay=stage.weight_decay,
-            max_grad_norm=stage.max_grad_norm,
-            lr_scheduler_type=stage.schedule,
-            warmup_steps=stage.warmup,
-            activation_checkpointing=stage.gradient_checkpointing,
-            bf16=self.config.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            seed=self.config.seed,
-            logging_steps=self.config.logging_steps,
-            save_steps=self.config.save_steps,
-            # Two, so that the last complete one is there while the next is being written.
-            save_total_limit=2,
-            dataloader_num_workers=self.config.num_workers,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-            # Trackers come as callbacks.
-            report_to=[],
-            run_name=run_name(folder),
-            disable_tqdm=not sys.stderr.isatty(),
-            # A tower's last norm serves its class token, which LLaVA does not read.
-            ddp_find_unused_parameters=stage.tower == "full",
-            deepspeed=deepspeed_config(self.config.deepspeed),
         )
 
     def _load(self, start: Path, stage: StageConfig, device: torch.device) -> LlavaMoEForConditionalGeneration:
