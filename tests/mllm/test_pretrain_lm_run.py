@@ -183,7 +183,8 @@ def test_a_run_goes_on_from_the_model_of_another(config, tmp_path):
 
 
 def test_the_scores_command_gives_the_scores_of_the_run(config, capsys):
-    wanted = run(replace(config, dtype="float32"))
+    # Under autocast, which the Trainer leaves on its model, the numbers would differ in the third digit.
+    wanted = run(replace(config, dtype="float32", bf16=False))
     capsys.readouterr()
     model = str(config.output / "model")
     lm_scores_main(["--model", model, "--data", str(config.data), "--num_pictures", str(config.num_held_out)])
