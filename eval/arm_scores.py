@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from eval.encoder import load_encoder
 from vision_moe.data.captions import CaptionDataset, open_captions
 from vision_moe.embedding import embed_images, embed_texts
-from vision_moe.factors import is_nearest
+from vision_moe.factors import factor_hits, read_variants
 from vision_moe.files import replacing
-from vision_moe.retrieval import Embeddings, hits_by_picture, ranks
+from vision_moe.retrieval import Embeddings, all_captions, hits_by_picture, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,29 +115,24 @@ def load_all(folders: Sequence[Path]) -> tuple[list[PreTrainedModel], Any]:
 def _retrieval(
     config: MeasureConfig, encoders: Encoders, dataset: CaptionDataset, image_ND: NDArray[np.float32]
 ) -> Hits:
-    captions = [dataset.captions(index) for index in range(len(dataset))]
-    image_of_text_M = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
-    text_MD = encoders.texts([text for texts in captions for text in texts])
+    texts, image_of_text_M = all_captions(dataset)
+    text_MD = encoders.texts(texts)
     return Hits(*hits_by_picture(ranks(Embeddings(image_ND, text_MD, image_of_text_M)), image_of_text_M, 1))
 
 
 def _factors(config: MeasureConfig, encoders: Encoders, dataset: CaptionDataset, image_ND: NDArray[np.float32]) -> Hits:
-    variants = [dataset.metadata(index).get("variants", {}) for index in range(len(dataset))]
+    variants = read_variants(dataset)
     known = sorted({factor for of in variants for factor in of})
     factors = list(config.factors) or known
     if missing := set(factors) - set(known):
         raise ValueError(f"{config.data}, split {config.split!r}, has no variants of {sorted(missing)}; it has {known}")
-    texts = list(dict.fromkeys(text for of in variants for factor in factors for text in of.get(factor, [])))
-    row_of = {text: row for row, text in enumerate(texts)}
-    text_MD = encoders.texts(texts)
+    asked = [{factor: of[factor] for factor in factors if factor in of} for of in variants]
+    hits = factor_hits(image_ND, asked, encoders.texts)
     hits_RN = np.zeros((len(factors), len(dataset)))
     questions_RN = np.zeros_like(hits_RN)
     for row, factor in enumerate(factors):
-        for index, of in enumerate(variants):
-            if factor in of:
-                candidates_VD = text_MD[[row_of[text] for text in of[factor]]]
-                hits_RN[row, index] = is_nearest(image_ND[index], candidates_VD)
-                questions_RN[row, index] = 1
+        for index, hit in hits[factor].items():
+            hits_RN[row, index], questions_RN[row, index] = hit, 1
     return Hits(hits_RN, questions_RN)
 
 

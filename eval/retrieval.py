@@ -4,23 +4,19 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from eval.encoder import load_encoder
 from eval.protocols import PROTOCOLS, Captioned, open_retrieval
 from eval.record import emit, questions_sha256, record
 from eval.report import retrieval_table
 from vision_moe.embedding_cache import CachedEncoder
-from vision_moe.retrieval import Embeddings, num_distinct_captions, ranks, recalls
+from vision_moe.retrieval import Embeddings, all_captions, num_distinct_captions, ranks, recalls
 from vision_moe.tracking import setup_logging
 
 
 def embed(encoder: CachedEncoder, dataset: Captioned) -> Embeddings:
     """Embeddings of every picture and of the captions that count."""
-    captions = [dataset.captions(i) for i in range(len(dataset))]
-    image_of_text_M = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
-    image_ND = encoder.images(dataset, dataset.fingerprint)
-    return Embeddings(image_ND, encoder.texts([text for texts in captions for text in texts]), image_of_text_M)
+    texts, image_of_text_M = all_captions(dataset)
+    return Embeddings(encoder.images(dataset, dataset.fingerprint), encoder.texts(texts), image_of_text_M)
 
 
 def main(args: Sequence[str] | None = None) -> None:

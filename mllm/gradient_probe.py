@@ -63,11 +63,11 @@ class GradientProbe:
         norms = {name: self._norms[name].item() for name in names if name in self._norms}
         # A tower's last norm and pooling serve its class token, which LLaVA does not read.
         if unreached and (part != "tower" or not norms):
-            return [f"no gradient reaches {part}: {_shown(unreached)}"]
+            return [f"no gradient reaches {part}: {shown(unreached)}"]
         if unreached:
-            logger.info("preflight: LLaVA does not use %s of the tower", _shown(unreached))
+            logger.info("preflight: LLaVA does not use %s of the tower", shown(unreached))
         if broken := [name for name, norm in norms.items() if not math.isfinite(norm)]:
-            return [f"gradients of {part} are not finite: {_shown(broken)}"]
+            return [f"gradients of {part} are not finite: {shown(broken)}"]
         if (has_pictures or part == "llm") and not any(norms.values()):
             return [f"all gradients of {part} are zero"]
         return []
@@ -80,9 +80,10 @@ def frozen_gradients(model: nn.Module) -> list[str]:
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad and parameter.grad is not None
     ]
-    return [f"frozen parameters have gradients: {_shown(held)}"] if held else []
+    return [f"frozen parameters have gradients: {shown(held)}"] if held else []
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more

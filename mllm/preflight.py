@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.conversation import IGNORE_INDEX
-from mllm.gradient_probe import GradientProbe, frozen_gradients
+from mllm.gradient_probe import GradientProbe, frozen_gradients, shown
 from mllm.memory import MemoryEstimate, estimate_memory
 from mllm.parts import named_parts
 from mllm.recipe import StageConfig
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 # Forwards of the plan that are searched for one with answers and pictures.
 _FORWARDS = 8
-_NAMES_SHOWN = 5
 
 Batch = dict[str, Any]
 
@@ -189,8 +188,7 @@ def _non_finite_weights(model: nn.Module) -> str:
     ]
     if not names:
         return " although all weights are finite; try another dtype, or look at the pictures' values"
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return f", and not all weights are finite: {', '.join(names[:_NAMES_SHOWN])}{more}"
+    return f", and not all weights are finite: {shown(names)}"
 
 
 @contextmanager

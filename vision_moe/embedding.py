@@ -31,12 +31,16 @@ class Pictures(Protocol):
         ...
 
 
-class PictureSet(Pictures, Protocol):
-    """What evaluation needs of captioned pictures; `vision_moe.data.captions.CaptionDataset` is one."""
+class CaptionedPictures(Pictures, Protocol):
+    """Pictures and their captions."""
 
     def captions(self, index: int) -> list[str]:
         """All captions of one picture."""
         ...
+
+
+class PictureSet(CaptionedPictures, Protocol):
+    """What evaluation needs of captioned pictures; `vision_moe.data.captions.CaptionDataset` is one."""
 
     def metadata(self, index: int) -> dict[str, Any]:
         """The picture's raw JSON."""

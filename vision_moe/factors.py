@@ -5,7 +5,8 @@ contrastive learning avoid shortcut solutions?"). On Scenes every test picture c
 long caption and false ones that differ in this factor alone, so what is kept can be read factor by factor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,10 @@ from vision_moe.retrieval import TIE
 
 if TYPE_CHECKING:
     import torch
+
+
+# By factor: the true caption, then the false ones.
+Variants = dict[str, list[str]]
 
 
 class _FirstPictures:
@@ -77,20 +82,46 @@ def factor_accuracy(
         if limit < 1:
             raise ValueError(f"limit must be at least 1 (or None for all pictures), but got {limit}")
         dataset = _FirstPictures(dataset, min(limit, len(dataset)))
-    variants = [dataset.metadata(i).get("variants", {}) for i in range(len(dataset))]
+    variants = read_variants(dataset)
+    image_ND = embed_images(model, processor, dataset, batch_size=batch_size, autocast_dtype=autocast_dtype)
+    hits = factor_hits(image_ND, variants, partial(embed_texts, model, processor, autocast_dtype=autocast_dtype))
+    return {
+        factor: _summary(list(found.values()), [1 / len(variants[index][factor]) for index in found])
+        for factor, found in hits.items()
+    }
+
+
+def read_variants(dataset: PictureSet) -> list[Variants]:
+    """The variants of every picture: {factor: [true caption, false captions...]}, empty where it has none.
+
+    Raises:
+        ValueError: as in `factor_accuracy`.
+    """
+    variants: list[Variants] = [dataset.metadata(i).get("variants", {}) for i in range(len(dataset))]
     _check(variants)
+    return variants
+
+
+def factor_hits(
+    image_ND: NDArray[np.float32],
+    variants: Sequence[Variants],
+    embed: Callable[[list[str]], NDArray[np.float32]],
+) -> dict[str, dict[int, bool]]:
+    """Whether each picture is nearest to its true caption: {factor: {picture: hit}}, factors by name.
+
+    Args:
+        image_ND: unit embeddings of the pictures.
+        variants: of each picture.
+        embed: M texts -> their unit embeddings float32[M, D].
+    """
     texts = list(dict.fromkeys(text for of in variants for texts in of.values() for text in texts))
     row_of = {text: row for row, text in enumerate(texts)}
-    image_ND = embed_images(model, processor, dataset, batch_size=batch_size, autocast_dtype=autocast_dtype)
-    text_MD = embed_texts(model, processor, texts, autocast_dtype=autocast_dtype)
-    hits: dict[str, list[bool]] = {}
-    chances: dict[str, list[float]] = {}
-    for image_D, of in zip(image_ND, variants, strict=True):
+    text_MD = embed(texts)
+    hits: dict[str, dict[int, bool]] = {factor: {} for factor in sorted({name for of in variants for name in of})}
+    for index, of in enumerate(variants):
         for factor, candidates in of.items():
-            rows = [row_of[text] for text in candidates]
-            hits.setdefault(factor, []).append(is_nearest(image_D, text_MD[rows]))
-            chances.setdefault(factor, []).append(1 / len(rows))
-    return {factor: _summary(hits[factor], chances[factor]) for factor in sorted(hits)}
+            hits[factor][index] = is_nearest(image_ND[index], text_MD[[row_of[text] for text in candidates]])
+    return hits
 
 
 def _summary(hits: list[bool], chances: list[float]) -> dict[str, Any]:
@@ -102,7 +133,7 @@ def _summary(hits: list[bool], chances: list[float]) -> dict[str, Any]:
     }
 
 
-def _check(variants: list[dict[str, list[str]]]) -> None:
+def _check(variants: list[Variants]) -> None:
     if not any(variants):
         raise ValueError('no picture has "variants" in its JSON; use the test split of Scenes (vision_moe.data.scenes)')
     for index, of in enumerate(variants):

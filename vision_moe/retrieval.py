@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vision_moe.embedding import PictureSet, embed_images, embed_texts
+from vision_moe.embedding import CaptionedPictures, PictureSet, embed_images, embed_texts
 from vision_moe.intervals import bootstrap_ratio_interval, bootstrap_ratio_intervals
 
 if TYPE_CHECKING:
@@ -56,12 +56,17 @@ def embed(
     autocast_dtype: "torch.dtype | None" = None,
 ) -> Embeddings:
     """Embeds every picture and all of its captions (`dataset.captions(i)`); arguments as `embed_images`."""
+    texts, image_of_text_M = all_captions(dataset)
+    image_ND = embed_images(model, processor, dataset, batch_size=batch_size, autocast_dtype=autocast_dtype)
+    text_MD = embed_texts(model, processor, texts, autocast_dtype=autocast_dtype)
+    return Embeddings(image_ND, text_MD, image_of_text_M)
+
+
+def all_captions(dataset: CaptionedPictures) -> tuple[list[str], NDArray[np.int64]]:
+    """The M captions of all pictures, picture by picture, and int64[M], the picture that each describes."""
     captions = [dataset.captions(i) for i in range(len(dataset))]
     image_of_text_M = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
-    image_ND = embed_images(model, processor, dataset, batch_size=batch_size, autocast_dtype=autocast_dtype)
-    flat = [text for texts in captions for text in texts]
-    text_MD = embed_texts(model, processor, flat, autocast_dtype=autocast_dtype)
-    return Embeddings(image_ND, text_MD, image_of_text_M)
+    return [text for texts in captions for text in texts], image_of_text_M
 
 
 def ranks(embeddings: Embeddings, chunk: int | None = None) -> Ranks:
