@@ -1,4 +1,4 @@
-"""Batches of LLaVA samples: padded, or several samples to a row.
+"""Batches of LLaVA samples: padded, several samples to a row, or with questions that do not see each other.
 
 B rows, S their length, N pictures.
 """
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.branches import collate_rows, one_branch
 from mllm.conversation import IGNORE_INDEX
 from mllm.packing import pack_rows
 
@@ -79,6 +80,28 @@ class PackedCollator:
             "position_ids": _pad(positions, length, 0),
             **_pictures([sample for row in packed for sample in row]),
         }
+
+
+class BranchedCollator:
+    """Pads samples whose questions do not see each other (`LlavaDataset(independent_turns=True)`).
+
+    Args:
+        pad_token_id: fills input_ids.
+        additive_mask: see `mllm.branches.collate_rows`.
+    """
+
+    def __init__(self, pad_token_id: int, *, additive_mask: bool) -> None:
+        self.pad_token_id = pad_token_id
+        self.additive_mask = additive_mask
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """B samples as one batch of length S.
+
+        Returns:
+            what `mllm.branches.collate_rows` does, and "pixel_values" as by `LlavaCollator`.
+        """
+        rows = [s if "segments" in s else one_branch(s["input_ids"], s["labels"]) for s in samples]
+        return {**collate_rows(rows, self.pad_token_id, additive_mask=self.additive_mask), **_pictures(samples)}
 
 
 def _pictures(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

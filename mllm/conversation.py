@@ -60,6 +60,19 @@ def encode(
     return input_ids, labels
 
 
+def ask_apart(conversations: Conversation) -> list[list[dict[str, str]]]:
+    """Each question with its answer as a conversation of its own, with the picture of the first question at its head.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    turns = [turn._replace(text=turn.text.replace(IMAGE_TOKEN, "").strip()) for turn in _read_turns(conversations)]
+    return [
+        [{"from": "human", "value": f"{IMAGE_TOKEN}\n{question.text}"}, {"from": "gpt", "value": answer.text}]
+        for question, answer in zip(turns[::2], turns[1::2], strict=True)
+    ]
+
+
 def encode_prompt(
     conversations: Conversation,
     tokenizer: PreTrainedTokenizerBase,

@@ -3,22 +3,20 @@
 import functools
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from mllm.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode
+from mllm.branches import Row, join_branches, one_branch
+from mllm.conversation import IMAGE_TOKEN, encode
 
 _FILES = ("llava_pretrain.json", "llava_finetune.json")
 Sample = dict[str, Any]
 # By image: texts that each tell what is in the picture.
 Pictures = dict[str, list[str]]
-# input_ids, labels and position_ids, and segments: 0 for what all tokens after it see, n for the n-th branch.
-Row = dict[str, list[int]]
 
 
 class DialogueRows(Dataset[Row]):
@@ -132,56 +130,34 @@ def questions(sample: Sample) -> list[Sample]:
 
 def encode_chain(sample: Sample, picture: str | None, tokenizer: PreTrainedTokenizerBase) -> Row:
     """A dialogue as it is: one segment."""
-    encoded = encode_dialogue(sample, picture, tokenizer)
-    return _join([(encoded, range(len(encoded[0])))])
+    return one_branch(*encode_dialogue(sample, picture, tokenizer))
+
+
+def keep_questions(samples: list[Sample], pattern: str) -> list[Sample]:
+    """The dialogues with those questions alone in which a regular expression is found; pictures are told in words.
+
+    Raises:
+        ValueError: it is found in no question, or is no regular expression.
+    """
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"questions must be a regular expression, but got {pattern!r}: {error}") from error
+    kept = []
+    for sample in samples:
+        turns = [
+            turn
+            for asked in questions(sample)
+            if regex.search(asked["conversations"][0]["value"])
+            for turn in asked["conversations"]
+        ]
+        if turns:
+            kept.append({**sample, "conversations": turns})
+    if not kept:
+        raise ValueError(f"no question of {len(samples)} dialogues matches {pattern!r}; look at the data's own words")
+    return kept
 
 
 def encode_tree(sample: Sample, picture: str | None, tokenizer: PreTrainedTokenizerBase) -> Row:
     """A dialogue as branches on what all of its questions, asked first, begin with; its labels are in the branches."""
-    encoded = [encode_dialogue(asked, picture, tokenizer) for asked in questions(sample)]
-    first, first_labels = encoded[0]
-    unlabelled = next(index for index, label in enumerate(first_labels) if label != IGNORE_INDEX)
-    trunk = _common_length([first[:unlabelled], *(ids for ids, _ in encoded)])
-    branches = [(pair, range(trunk, len(pair[0]))) for pair in encoded]
-    return _join([(encoded[0], range(trunk)), *branches])
-
-
-def _join(segments: list[tuple[tuple[list[int], list[int]], range]]) -> Row:
-    """A row of segments: each the ids and labels of a dialogue, and the positions of it that belong to the row."""
-    row: Row = {"input_ids": [], "labels": [], "position_ids": [], "segments": []}
-    for number, ((ids, labels), positions) in enumerate(segments):
-        row["input_ids"] += [ids[position] for position in positions]
-        row["labels"] += [labels[position] for position in positions]
-        row["position_ids"] += positions
-        row["segments"] += [number] * len(positions)
-    return row
-
-
-def _common_length(rows: list[list[int]]) -> int:
-    """The number of tokens with which all rows begin alike."""
-    columns = enumerate(zip(*rows, strict=False))
-    return next((index for index, column in columns if len(set(column)) > 1), min(map(len, rows)))
-
-
-def collate_rows(rows: list[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Pads rows to the longest and turns their segments into an attention mask.
-
-    Returns:
-        input_ids, labels and position_ids, int64[B, S]; attention_mask, float32[B, 1, S, S], 0 where a token may look
-        and the lowest number elsewhere.
-    """
-    length = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "position_ids": 0, "segments": -1}
-    batch = {
-        name: torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
-        for name, value in fill.items()
-    }
-    segments_BS = batch.pop("segments")
-    earlier_SS = torch.ones(length, length, dtype=torch.bool).tril()
-    same_BSS = segments_BS[:, None, :] == segments_BS[:, :, None]
-    # Padding is its own segment: it sees itself, so that no softmax is over nothing, and nothing else sees it.
-    trunk_BSS = (segments_BS[:, None, :] == 0) & (segments_BS[:, :, None] >= 0)
-    seen_BSS = earlier_SS & (same_BSS | trunk_BSS)
-    lowest = torch.finfo(torch.float32).min
-    batch["attention_mask"] = torch.zeros(seen_BSS.shape).masked_fill(~seen_BSS, lowest)[:, None]
-    return batch
+    return join_branches([encode_dialogue(asked, picture, tokenizer) for asked in questions(sample)])

@@ -27,13 +27,14 @@ from transformers import (
     set_seed,
 )
 
+from mllm.branches import collate_rows
 from mllm.lm_scores import held_out_scores
 from mllm.lm_text import (
     DialogueRows,
     Pictures,
     Sample,
-    collate_rows,
     encode_dialogue,
+    keep_questions,
     read_dialogues,
     read_pictures,
     split,
@@ -78,6 +79,8 @@ class PretrainLMConfig:
     """Dialogues seen in training."""
     pictures_in_words: Path | None = None
     """JSON file {image: [text, ...]}: what stands in place of a picture; None: its longest caption in the data."""
+    questions: str | None = None
+    """Regular expression: only questions in which it is found are trained on ("Is there|How many"); None: all."""
     picture_share: float = 0.75
     """Share of dialogues that get their picture in words, in a random one of its texts; the others get none."""
     tree_share: float = 0.8
@@ -123,6 +126,8 @@ def run(config: PretrainLMConfig) -> dict[str, float]:
     samples = read_dialogues(config.data)
     pictures = read_pictures(config.pictures_in_words, samples)
     train, held_out = split(samples, config.num_held_out, config.seed)
+    if config.questions is not None:
+        train = keep_questions(train, config.questions)
     model, tokenizer = _start(config, _texts(train, pictures, config.seed))
     rows = DialogueRows(
         train,

@@ -76,12 +76,16 @@ class StageConfig:
     """Batches of one modality and of similar length, as LLaVA-1.5's fine-tuning has them."""
     packing: bool = False
     """Several dialogues in a row instead of padding, each seeing itself only; the losses stay the same."""
+    independent_turns: bool = False
+    """Every question about a picture sees the picture, but no question and answer before it; not with packing."""
 
     def __post_init__(self) -> None:
         if not self.enabled:
             return
         if (self.tower, self.projector, self.llm) == ("frozen", "frozen", "frozen"):
             raise ValueError("a stage must train something, but tower, projector and llm are all frozen")
+        if self.independent_turns and self.packing:
+            raise ValueError("independent_turns and packing cannot be combined; switch one of them off")
         if self.quantization is not None and self.llm != "lora":
             raise ValueError(
                 f"quantised weights cannot train: quantization {self.quantization} needs llm: lora, "
@@ -175,6 +179,12 @@ class LlavaConfig:
         if self.deepspeed not in ("zero2", "zero3", "none") and not Path(self.deepspeed).is_file():
             raise ValueError(
                 f"deepspeed must be zero2, zero3, none or an existing JSON file, but got {self.deepspeed!r}"
+            )
+        apart = [name for name, stage in enabled_stages(self) if stage.independent_turns]
+        if apart and self.attn_implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"independent_turns (stage {' and '.join(apart)}) needs attn_implementation eager or sdpa, but got "
+                f"{self.attn_implementation!r}"
             )
         quantised = [name for name, stage in enabled_stages(self) if stage.quantization is not None]
         if quantised and zero_stage(self.deepspeed) == 3:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set
 from transformers.utils.generic import is_flash_attention_requested
 
 from mllm.adapter import AdapterInfo, fingerprint, save_adapter
-from mllm.collate import LlavaCollator, PackedCollator
+from mllm.collate import BranchedCollator, LlavaCollator, PackedCollator
 from mllm.data import LlavaDataset
 from mllm.images import set_aspect_ratio
 from mllm.merge import merge_adapter
@@ -111,10 +111,14 @@ class StageRunner:
             max_length=self.config.max_length,
             bad_samples=self.config.bad_samples,
             index_cache=index_cache,
+            independent_turns=stage.independent_turns,
         )
 
     def _collator(self, stage: StageConfig) -> TrainingCollator:
         pad_token_id = self.processor.tokenizer.pad_token_id
+        if stage.independent_turns:
+            additive = self.config.attn_implementation == "eager"
+            return TrainingCollator(BranchedCollator(pad_token_id, additive_mask=additive), pad_token_id)
         if not stage.packing:
             return TrainingCollator(LlavaCollator(pad_token_id), pad_token_id)
         # The variable-length kernel is taken for one row only, and other kernels' cost grows with its length squared.

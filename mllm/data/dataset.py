@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from mllm.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_ID, Template, encode
+from mllm.branches import Row, join_branches
+from mllm.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_ID, Template, ask_apart, encode
 from mllm.data.index import SampleIndex, image_names
 from mllm.images import pixels, read_image
 
@@ -65,6 +66,8 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
         bad_samples: "error", or "skip" to give a `SkippedSample` in place of an `UnusableSampleError`. A malformed
             sample is an error in any case.
         index_cache: see `mllm.data.index.SampleIndex`.
+        independent_turns: in a sample with one picture, every question sees the picture and not the questions and
+            answers before it (`mllm.branches`); other samples stay as they are.
 
     Raises:
         ValueError: the file is no such list, or the tokenizer has no `<image>`.
@@ -83,6 +86,7 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
         image_token_id: int | None = None,
         bad_samples: Literal["error", "skip"] = "error",
         index_cache: Path | None = None,
+        independent_turns: bool = False,
     ) -> None:
         if max_length <= num_image_tokens:
             raise ValueError(
@@ -97,6 +101,7 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
         self.max_length = max_length
         self.image_token_id = image_token_id if image_token_id is not None else _image_token_id(tokenizer)
         self.bad_samples = bad_samples
+        self.independent_turns = independent_turns
 
     def __len__(self) -> int:
         return len(self.index)
@@ -105,8 +110,8 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
         """One sample.
 
         Returns:
-            "input_ids" and "labels", lists of equal length; with a picture "pixel_values", float32[n, 3, H, W] (one
-            row a picture).
+            "input_ids" and "labels", lists of equal length, under independent_turns also "position_ids" and "segments"
+            (`mllm.branches.Row`); with a picture "pixel_values", float32[n, 3, H, W] (one row a picture).
 
         Raises:
             UnusableSampleError: naming the sample, unless such samples are skipped: its pictures cannot be read, or
@@ -117,6 +122,8 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
         try:
             encoded = self.encoded(number)
             sample: Sample = {"input_ids": encoded.input_ids, "labels": encoded.labels}
+            if self.independent_turns and len(encoded.pictures) == 1:
+                sample = {**self._branches(self.index[number]["conversations"])}
             if encoded.pictures:
                 sample["pixel_values"] = self._read_pixels(encoded.pictures)
         except UnusableSampleError as error:
@@ -171,6 +178,11 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
         if self.image_folder is None:
             raise ValueError(f"it names the picture {name!r}, but no image_folder was given")
         return self.image_folder / name
+
+    def _branches(self, conversations: list[dict[str, str]]) -> Row:
+        """Every question with its answer as a branch on the picture, cut at max_length."""
+        asked = [self._expand(*encode(turns, self.tokenizer, self.template)) for turns in ask_apart(conversations)]
+        return {name: values[: self.max_length] for name, values in join_branches(asked).items()}
 
     def _expand(self, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         ids_out: list[int] = []

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from mllm.branches import collate_rows
 from mllm.conversation import IGNORE_INDEX
 from mllm.lm_scores import main as lm_scores_main
 from mllm.lm_text import (
     DialogueRows,
-    collate_rows,
     encode_chain,
+    keep_questions,
     longest_captions,
     read_dialogues,
     read_pictures,
@@ -122,6 +123,17 @@ def test_branch_of_a_tree_is_answered_as_if_it_had_been_asked_alone(config):
         answer = torch.tensor(alone["labels"]) != IGNORE_INDEX
         branch = (torch.tensor(rows[0]["segments"]) == number + 1) & supervised
         torch.testing.assert_close(logits_SV[: len(branch)][branch], alone_SV[answer])
+
+
+def test_only_the_questions_that_match_are_kept_with_their_answers():
+    turns = [{"from": "human", "value": "<image>\nIs there a star?"}, {"from": "gpt", "value": "Yes"}]
+    others = [{"from": "human", "value": "Describe it."}, {"from": "gpt", "value": "Is there a star? Yes."}]
+    samples = [{"image": "0.jpg", "conversations": others + turns}, {"image": "1.jpg", "conversations": others}]
+    assert keep_questions(samples, "Is there|How many") == [{"image": "0.jpg", "conversations": turns}]
+    with pytest.raises(ValueError, match="no question of 2 dialogues matches 'How many'"):
+        keep_questions(samples, "How many")
+    with pytest.raises(ValueError, match=r"regular expression, but got '\('"):
+        keep_questions(samples, "(")
 
 
 def test_held_out_pictures_are_in_no_training_dialogue(scenes):
