@@ -2,7 +2,7 @@
 LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339). Tower, projector, embeddings and head keep their type.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -40,9 +40,15 @@ def accept_own_state(model: nn.Module) -> None:
     """Lets a quantised model take back its own `state_dict()` strictly, as DeepSpeed does when a run goes on.
 
     bitsandbytes writes the constants of 4-bit weights into the state and then knows them no more; they come with the
-    same weights, which do not train.
+    same weights, which do not train. Those of 8-bit weights it takes back only before a first forward, which moves them
+    out of the weight.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    def put_constants_back(loading: nn.Module, *_: Any) -> None:
+        for layer in loading.modules():
+            if isinstance(layer, Linear8bitLt) and layer.weight.SCB is None:
+                layer.weight.SCB = layer.state.SCB
 
     def forget_constants(loaded: nn.Module, incompatible: tuple[list[str], list[str]]) -> None:
         # Now, since adapters that came later have moved the layers.
@@ -50,4 +56,5 @@ def accept_own_state(model: nn.Module) -> None:
         _missing, unexpected = incompatible
         unexpected[:] = [key for key in unexpected if not key.startswith(prefixes)]
 
+    model.register_load_state_dict_pre_hook(put_constants_back)
     model.register_load_state_dict_post_hook(forget_constants)

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import signal
 import subprocess
 import time
 import urllib.request
@@ -101,5 +100,5 @@ def answers(command: str) -> None:
                 time.sleep(1)
         assert b"gradio" in page
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(timeout=30)
