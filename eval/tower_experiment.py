@@ -2,20 +2,20 @@
 
     python -m eval.tower_experiment EXPERIMENT.yaml --data SHARDS --towers '{dense: DIR, CLIP-MoE: DIR}' --output DIR
 
-Photos with captions become dialogues; each tower and seed is one run of the recipe. On photos not trained on, `report.md`
-has the loss of their captions, with the photo and with a blank one, and the share of yes/no questions right whether a
-caption is the photo's (half of the answers yes). Differences to the baseline are paired photo by photo. Started again, it goes
-on where it stopped.
+Photos with captions become dialogues; each tower and seed is one run of the recipe. On photos not trained on,
+`report.md` has the loss of their captions, with the photo and with a blank one, and the share of yes/no questions right
+whether a caption is the photo's (half of the answers yes). Differences to the baseline are paired photo by photo.
+Started again, it goes on where it stopped.
 """
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from eval.arm_scores import Hits, cached, summary
 from eval.arms import run_trainer
@@ -38,7 +38,7 @@ class TowerExperimentConfig:
     """Towers, photos and seeds."""
 
     recipe: Path
-    """Recipe of mllm.train that all runs share; its pretraining sees captions, its fine-tuning captions and questions."""
+    """Recipe of mllm.train that all runs share: it pretrains on captions and fine-tunes on captions and questions."""
     data: Path
     """Folder of shards of photos with captions."""
     output: Path
@@ -126,9 +126,9 @@ def render(results: Mapping[str, Any]) -> str:
             cells.append(f"{scale * difference:+.{digits}f} [{', '.join(ends)}]")
         lines.append([tower, *cells])
     return (
-        f"# Vision towers\n\n{table(header, lines)}\n\nLosses in nats per token, matching in % right (chance 50). Mean over "
-        f"seeds {results['seeds']} with its deviation, and difference to {baseline} with its 95 % interval, paired over "
-        f"photos.\n"
+        f"# Vision towers\n\n{table(header, lines)}\n\nLosses in nats per token, matching in % right (chance 50). Mean "
+        f"over seeds {results['seeds']} with its deviation, and difference to {baseline} with its 95 % interval, paired "
+        f"over photos.\n"
     )
 
 
@@ -149,28 +149,27 @@ def _train(config: TowerExperimentConfig, tower: str, seed: int, folder: Path) -
 def _measure(config: TowerExperimentConfig, folder: Path) -> dict[str, Hits]:
     """Losses and right answers of each held-out photo; kept on disk."""
     model, data = folder / "model", _dialogues(config, config.held_out_split)
-
-    def losses(of: str) -> Hits:
-        measured = sample_losses(
-            CaptionLossConfig(model=model, data=data / "llava_finetune.json", image_folder=data / "images")
-        )
-        tokens_1N = _row(measured.tokens_N)
-        kinds = {_LOSS: measured.image_N, _BLANK: measured.blank_N}
-        for name, loss_N in kinds.items():
-            cached(folder / "hits" / f"{name}.safetensors", lambda loss_N=loss_N: Hits(_row(loss_N), tokens_1N))
-        return Hits(_row(kinds[of]), tokens_1N)
+    images = data / "images"
+    # One pass gives both losses.
+    losses = cache(
+        lambda: sample_losses(CaptionLossConfig(model=model, data=data / "llava_finetune.json", image_folder=images))
+    )
 
     def matching() -> Hits:
-        answers = ask(YesNoConfig(model=str(model), data=data / "llava_matching.json", image_folder=data / "images"))
-        counts = [np.bincount(answers.picture_Q, weights)[None] for weights in (answers.right_Q, None)]
-        return Hits(*(count.astype(np.float64) for count in counts))
+        answers = ask(YesNoConfig(model=str(model), data=data / "llava_matching.json", image_folder=images))
+        return _hits(np.bincount(answers.picture_Q, answers.right), np.bincount(answers.picture_Q))
 
-    kept = {_LOSS: lambda: losses(_LOSS), _BLANK: lambda: losses(_BLANK), _MATCHING: matching}
-    return {name: cached(folder / "hits" / f"{name}.safetensors", compute) for name, compute in kept.items()}
+    measures = {
+        _LOSS: lambda: _hits(losses().image_N, losses().tokens_N),
+        _BLANK: lambda: _hits(losses().blank_N, losses().tokens_N),
+        _MATCHING: matching,
+    }
+    return {name: cached(folder / "hits" / f"{name}.safetensors", compute) for name, compute in measures.items()}
 
 
-def _row(values_N: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return values_N.double().numpy()[None]
+def _hits(sums_N: Any, counts_N: Any) -> Hits:
+    """One measure of N photos."""
+    return Hits(np.asarray(sums_N, dtype=np.float64)[None], np.asarray(counts_N, dtype=np.float64)[None])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Yes/no questions of a LLaVA JSON: `python -m eval.yes_no --model DIR --data JSON --image_folder DIR [--output FILE]`.
 
-For example the `llava_matching.json` of `mllm.captions_to_conversations`. Every question is asked alone, by greedy decoding, whatever
-else its dialogue holds; the scores are those of POPE (`eval.metrics.yes_no_scores`).
+For example the `llava_matching.json` of `mllm.captions_to_conversations`. Every question is asked alone, by greedy
+decoding, whatever else its dialogue holds; the scores are those of POPE (`eval.metrics.yes_no_scores`).
 """
 
-import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -65,7 +64,7 @@ class Answers(NamedTuple):
     questions_sha256: str
 
     @property
-    def right_Q(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def right(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """bool[Q], whether each is right, as `yes_no_scores` has it."""
         return np.array([a.strip().lower() == b for a, b in zip(self.said, self.truths, strict=True)])
 
@@ -77,7 +76,7 @@ def main() -> None:
     answers = ask(config)
     result = yes_no_scores(answers.said, answers.truths)
     settings = {"data": str(config.data), "limit": config.limit, "questions_sha256": answers.questions_sha256}
-    samples = {"right": answers.right_Q.astype(np.int64), "picture": answers.picture_Q}
+    samples = {"right": answers.right.astype(np.int64), "picture": answers.picture_Q}
     emit(record("yes_no", config.model, settings, result), yes_no_table(result), config.output, samples)
 
 
@@ -92,8 +91,9 @@ def ask(config: YesNoConfig) -> Answers:
     number = len(samples) if config.limit is None else min(config.limit, len(samples))
     said, truths, pictures, asked = [], [], [], []
     progress = tqdm(total=number, unit=" pictures", disable=not sys.stderr.isatty())
-    for batch in itertools.batched(range(number), config.batch_size):
+    for first in range(0, number, config.batch_size):
         questions: list[Question] = []
+        batch = range(first, min(first + config.batch_size, number))
         for picture in batch:
             sample = samples[picture]
             name, pairs = _picture(sample), list(_pairs(sample))

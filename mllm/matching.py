@@ -1,6 +1,6 @@
 """Yes/no questions whether a caption is a photo's own, balanced so that only the photo can answer them.
 
-Half of the answers are yes, for every photo and for every caption: a caption that is asked about once beside its own photo
+Half of the answers are yes, for every photo and for every caption: a caption that is asked about beside its own photo
 is asked about once beside another one. Who knows nothing but the captions gets half of them right.
 """
 

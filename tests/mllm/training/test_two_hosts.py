@@ -89,4 +89,6 @@ def test_two_hosts_under_zero3_end_with_the_weights_of_one_process(hosts, make_c
     got = load_file(config.output / "model" / "model.safetensors")
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
