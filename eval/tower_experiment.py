@@ -127,8 +127,8 @@ def render(results: Mapping[str, Any]) -> str:
         lines.append([tower, *cells])
     return (
         f"# Vision towers\n\n{table(header, lines)}\n\nLosses in nats per token, matching in % right (chance 50). Mean "
-        f"over seeds {results['seeds']} with its deviation, and difference to {baseline} with its 95 % interval, paired "
-        f"over photos.\n"
+        f"over seeds {results['seeds']} with its deviation, and difference to {baseline} with its 95 % interval, "
+        f"paired over photos.\n"
     )
 
 
