@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils import z3_leaf_module
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 import mllm.recipe
+from mllm.deepspeed_setup import keep_blocks_whole
 from mllm.train import run
 from vision_moe.config import write_yaml
+from vision_moe.moe.layer import MoEMLP
 
 _TIMEOUT_S = 400
 
@@ -89,6 +93,22 @@ def test_zero2_on_two_ranks_equals_one_process_and_survives_kill_9_in_each_stage
 
 def test_zero3_on_two_ranks_equals_one_process(unbroken, make_config, tmp_path):
     _assert_equals_one_process(unbroken("zero3"), make_config, tmp_path)
+    # Its preflight put the weights together, and took them apart again.
+    log = (tmp_path / "zero3.log").read_text()
+    assert log.count("preflight: forward and backward are as they must be") >= 2
+    assert "left out" not in log
+
+
+def test_a_block_of_experts_is_fetched_whole(tiny_parts):
+    model = AutoModel.from_pretrained(tiny_parts["vision"])
+    keep_blocks_whole(model)
+    assert {type(module) for module in model.modules() if z3_leaf_module(module)} == {MoEMLP}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero2_offload", "zero3_offload"])
+def test_offload_on_two_ranks_equals_one_process(unbroken, make_config, tmp_path, deepspeed):
+    _assert_equals_one_process(unbroken(deepspeed), make_config, tmp_path)
 
 
 @pytest.mark.slow
