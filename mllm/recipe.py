@@ -182,8 +182,8 @@ class LlavaConfig:
     finetune: StageConfig = field(default_factory=_finetune)
     """Stage 2: instruction tuning."""
     deepspeed: str = "zero2"
-    """"zero2", "zero3", with "_offload" behind it to keep the optimizer (and zero3's weights) in the host's memory, "none",
-    or a DeepSpeed JSON."""
+    """"zero2", "zero3", "zero2_offload" and "zero3_offload" (optimizer, and zero3's weights, in the host's memory),
+    "none", or a DeepSpeed JSON."""
     attn_implementation: str = "sdpa"
     """Attention kernel, by transformers' name; "eager" is faster on CPU for short sequences (docs/performance.md)."""
     bf16: bool = True

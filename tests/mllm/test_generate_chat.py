@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import vision_moe.kernels.interface
 from mllm.assemble import assemble
 from mllm.collate import LlavaCollator
 from mllm.data import LlavaDataset
@@ -183,6 +184,17 @@ def test_router_logits_are_those_of_the_tower(make_chat: Any, picture: Image.Ima
     pixel_values = chat.processor.image_processor(images=picture, return_tensors="pt")["pixel_values"]
     outputs = chat.model.model.vision_tower(pixel_values, output_router_logits=True)
     assert all(torch.equal(a, b[0]) for a, b in zip(logits, outputs.router_logits, strict=True))
+
+
+def test_the_tower_computes_its_experts_by_the_kernels(make_chat: Any, picture: Image.Image, monkeypatch: Any) -> None:
+    chat = make_chat("moe")
+    calls = []
+    routed_mlp = vision_moe.kernels.interface.routed_mlp
+    monkeypatch.setattr(
+        vision_moe.kernels.interface, "routed_mlp", lambda *args, **kw: calls.append(1) or routed_mlp(*args, **kw)
+    )
+    chat.image_features([picture])
+    assert len(calls) == len(chat.model.config.vision_config.moe_block_indices)
 
 
 def test_a_dense_tower_has_no_router_logits(make_chat: Any, picture: Image.Image) -> None:

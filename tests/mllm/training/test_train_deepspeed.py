@@ -1,5 +1,6 @@
 """The trainer under DeepSpeed on two CPU ranks: same result as one plain process, and kill -9 changes nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -150,8 +151,16 @@ def test_zero3_trains_lora_with_and_without_the_tower_in_bfloat16(unbroken, towe
     assert any(not torch.equal(before[name], after[name]) for name in after if "q_proj" in name)
 
 
+def _losses(folder: Path) -> list[float]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
 def _assert_equals_one_process(config, make_config, tmp_path: Path) -> None:
     plain = run(make_config(tmp_path / "plain"))
+    losses, expected_losses = _losses(config.output), _losses(tmp_path / "plain")
+    assert len(losses) == len(expected_losses) == 6
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
     expected, got = load_file(plain / "model.safetensors"), load_file(config.output / "model" / "model.safetensors")
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
