@@ -157,7 +157,8 @@ class LlavaConfig:
     output: Path
     """Folder of the run; an interrupted run goes on when it is started again with the same recipe."""
     vision: str = "scenes-clip"
-    """Vision tower: a folder or hub name of a CLIP or CLIP-MoE (whole or image half), or "scenes-clip"."""
+    """Vision tower: a folder or hub name of a CLIP, CLIP-MoE or another family (docs/families.md), whole or its image
+    half; an open_clip folder; or "scenes-clip"."""
     llm: str = "scenes-llama"
     """Language model: a folder or hub name of a Llama-family model, "smollm2", or "scenes-llama"."""
     image_folder: Path | None = None

@@ -23,8 +23,8 @@ from mllm.data.dataset import LlavaDataset
 from mllm.data.findings import Findings, Summary
 from mllm.language_model import resolve_language_model
 from mllm.recipe import LlavaConfig, StageConfig, enabled_stages
+from mllm.tower import resolve_tower
 from mllm.train import with_data
-from vision_moe.assets import resolve_model
 from vision_moe.config import parse
 from vision_moe.tracking import setup_logging
 
@@ -64,7 +64,7 @@ def check(config: CheckConfig) -> bool:
         FileNotFoundError: data are not where the recipe says.
     """
     resolved = with_data(config)
-    vision, llm = resolve_model(config.vision), resolve_language_model(config.llm)
+    vision, llm = resolve_tower(config.vision, config.output / "vision"), resolve_language_model(config.llm)
     processor, num_image_tokens = build_processor(vision, llm)
     good = True
     for name, stage in enabled_stages(resolved):

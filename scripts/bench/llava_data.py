@@ -2,8 +2,8 @@
 
 .venv/bin/python scripts/bench/llava_data.py [--data LLAVA.json] [--llm DIR] [--batch 128 --per-device 16]
 
-One process, CPU time; pictures are not opened. Without --data it makes dialogues up: 15 of 16 with a picture, 1 to 6 rounds,
-answers of log-normal length, a stand-in for mix665k.
+One process, CPU time; pictures are not opened. Without --data it makes dialogues up: 15 of 16 with a picture, 1 to 6
+rounds, answers of log-normal length, a stand-in for mix665k.
 """
 
 import argparse
