@@ -19,7 +19,7 @@ from eval.record import emit, questions_sha256, record
 from eval.report import yes_no_table
 from mllm.conversation import IMAGE_TOKEN
 from mllm.data.index import SampleIndex, image_names
-from mllm.generate import Chat, Question, load
+from mllm.generate import Question, load
 from mllm.images import read_image
 from vision_moe.config import parse
 from vision_moe.tracking import setup_logging
@@ -97,19 +97,14 @@ def ask(config: YesNoConfig) -> Answers:
         for picture in batch:
             sample = samples[picture]
             name, pairs = _picture(sample), list(_pairs(sample))
-            questions += _questions(chat, config.image_folder / name, [text for text, _ in pairs])
+            image = read_image(config.image_folder / name)
+            questions += [([{"role": "user", "content": text}], [image]) for text, _ in pairs]
             truths += [truth for _, truth in pairs]
             asked += [(name, *pair) for pair in pairs]
             pictures += [picture] * len(pairs)
         said += chat.generate_batch(questions, max_new_tokens=_NEW_TOKENS)
         progress.update(len(batch))
     return Answers(said, truths, np.array(pictures), questions_sha256(asked))
-
-
-def _questions(chat: Chat, path: Path, texts: list[str]) -> Iterator[Question]:
-    """Each text as a conversation of its own about the picture, which the tower sees once."""
-    features = chat.image_features([read_image(path)])
-    return (([{"role": "user", "content": text}], features) for text in texts)
 
 
 def _picture(sample: dict[str, Any]) -> str:
