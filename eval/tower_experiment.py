@@ -26,10 +26,13 @@ from mllm.captions_to_conversations import ConversionConfig, convert
 from mllm.stages import is_finished
 from vision_moe.config import parse
 from vision_moe.files import write_json, write_text
+from vision_moe.run_folder import check_folder, claim_folder
 from vision_moe.tracking import environment, setup_logging
 
 logger = logging.getLogger(__name__)
 
+# Fields that may differ between an experiment and its continuation.
+_FREE_FIELDS = ("seeds", "num_processes")
 _LOSS, _BLANK, _MATCHING = "caption loss", "caption loss, blank photo", "matching"
 
 
@@ -78,7 +81,14 @@ def main() -> None:
 
 
 def run(config: TowerExperimentConfig) -> dict[str, Any]:
-    """Trains and measures every tower; writes and returns `results.json`."""
+    """Trains and measures every tower; writes and returns `results.json`.
+
+    Raises:
+        ValueError: the output folder holds an experiment of other settings.
+        RuntimeError: a training run failed.
+    """
+    check_folder(config, config.output, _FREE_FIELDS)
+    claim_folder(config, config.output)
     for split, limit in ((config.split, None), (config.held_out_split, config.held_out_photos)):
         if not _dialogues(config, split).is_dir():
             convert(

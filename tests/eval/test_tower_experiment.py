@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +47,15 @@ def test_means_over_seeds_and_differences_by_photo(tmp_path):
     for seed, right in ((0, [1, 1]), (1, [2, 0])):
         finished(tmp_path / "runs" / f"dense-seed{seed}", [20, 30], [1, 1])
         finished(tmp_path / "runs" / f"moe-seed{seed}", [10 + 10 * seed, 30], right)
-    results = run(
-        TowerExperimentConfig(
-            recipe=Path("unread"),
-            data=Path("unread"),
-            output=tmp_path,
-            towers={"dense": "a", "moe": "b"},
-            baseline="dense",
-            seeds=[0, 1],
-        )
+    config = TowerExperimentConfig(
+        recipe=Path("unread"),
+        data=Path("unread"),
+        output=tmp_path,
+        towers={"dense": "a", "moe": "b"},
+        baseline="dense",
+        seeds=[0, 1],
     )
+    results = run(config)
     loss, matching = (results["rows"]["moe"][name] for name in ("caption loss", "matching"))
     assert loss["mean"] == pytest.approx(2.25)
     assert loss["difference"] == pytest.approx(-0.25)
@@ -65,6 +65,9 @@ def test_means_over_seeds_and_differences_by_photo(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "| moe | 2.250 ± 0.354 | -0.250 [-0.500, +0.000] | 3.000 ± 0.000 |" in report
     assert "| dense | 2.500 ± 0.000 | +0.000 [+0.000, +0.000] |" in report
+    assert run(replace(config, seeds=[0]))["rows"]["moe"]["matching"]["deviation"] is None
+    with pytest.raises(ValueError, match="other settings of towers"):
+        run(replace(config, towers={"dense": "a", "moe": "c"}))
 
 
 @pytest.mark.parametrize(
