@@ -6,6 +6,7 @@ R parts of a measure (two directions of retrieval, or the factors), N pictures, 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import stdev
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from vision_moe.data.captions import CaptionDataset, open_captions
 from vision_moe.embedding import embed_images, embed_texts
 from vision_moe.factors import factor_hits, read_variants
 from vision_moe.files import replacing
+from vision_moe.intervals import bootstrap_ratio_interval
 from vision_moe.retrieval import Embeddings, all_captions, hits_by_picture, ranks
 
 
@@ -94,6 +96,22 @@ def any_of(found: Sequence[Hits]) -> Hits:
 def mean_of(found: Sequence[Hits]) -> Hits:
     """The mean over seeds."""
     return Hits(np.mean([of.hits for of in found], axis=0), found[0].questions)
+
+
+def summary(found: Sequence[Hits], baseline: Sequence[Hits]) -> dict[str, float | list[float] | None]:
+    """Scores over the seeds, and the difference to the baseline's, paired picture by picture.
+
+    Returns:
+        "mean", "deviation" (None of one seed), "difference" and its 95 % "interval" (bootstrap over pictures).
+    """
+    mean, other = mean_of(found), mean_of(baseline)
+    scores = [hits.score for hits in found]
+    return {
+        "mean": mean.score,
+        "deviation": stdev(scores) if len(scores) > 1 else None,
+        "difference": mean.score - other.score,
+        "interval": list(bootstrap_ratio_interval(mean.hits - other.hits, mean.questions, seed=0)),
+    }
 
 
 def soup(models: Sequence[PreTrainedModel]) -> PreTrainedModel:

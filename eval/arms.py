@@ -59,16 +59,25 @@ def train(run: ArmRun, recipe: Path, data: Path, output: Path, num_processes: in
     """Runs an arm to its end; one that has ended is left alone.
 
     Raises:
-        RuntimeError: the training failed; its output stands in `train.log` of the run's folder.
+        RuntimeError: as `run_trainer`.
     """
     folder = run.folder(output)
     if (folder / run.arm.result / "stage.json").is_file():
         return
+    flags = [*run.arm.flags, "--data.train", str(data), "--output", str(folder), "--seed", str(run.seed)]
+    flags += [f"--{run.arm.learning_rate}", str(run.learning_rate)]
+    run_trainer("vision_moe.train", [str(recipe), *flags], folder, num_processes)
+
+
+def run_trainer(module: str, arguments: list[str], folder: Path, num_processes: int) -> None:
+    """Runs `python -m module arguments`, by torchrun if there is more than one process.
+
+    Raises:
+        RuntimeError: the training failed; its output stands in `train.log` of `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", "vision_moe.train", str(recipe)]
-    command += [*run.arm.flags, "--data.train", str(data), "--output", str(folder), "--seed", str(run.seed)]
-    command += [f"--{run.arm.learning_rate}", str(run.learning_rate)]
+    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", module, *arguments]
     logger.info("%s", " ".join(command))
     with (folder / "train.log").open("a", encoding="utf-8") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode

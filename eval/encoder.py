@@ -1,8 +1,6 @@
 """The dual encoder that a benchmark measures: folder -> model, processor and what identifies them."""
 
-import hashlib
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,19 +32,3 @@ def load_encoder(name: str, device: str | None = None) -> tuple[Any, Any]:
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), load_processor(folder)
-
-
-def weights_sha256(name: str) -> str | None:
-    """SHA-256 over the weights files of a model folder, in the order of their names; None for a hub id."""
-    folder = Path(resolve_model(name))
-    if not folder.is_dir():
-        return None
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise FileNotFoundError(f"no weights (*.safetensors) in {folder}")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

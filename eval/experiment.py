@@ -11,15 +11,13 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 
-from eval.arm_scores import Encoders, Hits, MeasureConfig, any_of, cached, load_all, mean_of, measure, soup
+from eval.arm_scores import Encoders, Hits, MeasureConfig, any_of, cached, load_all, measure, soup, summary
 from eval.arms import ArmConfig, ArmRun, train
 from eval.report import percent, table
 from vision_moe.config import parse
 from vision_moe.files import write_json, write_text
-from vision_moe.intervals import bootstrap_ratio_interval
 from vision_moe.tracking import environment, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -77,7 +75,10 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         "learning_rates": rates,
         "seeds": config.seeds,
         "baseline": config.baseline,
-        "rows": {row: {name: _summary(config, rows, row, name) for name in config.measures} for row in rows},
+        "rows": {
+            row: {name: summary(found[name], rows[config.baseline][name]) for name in config.measures}
+            for row, found in rows.items()
+        },
         "environment": environment(),
     }
     write_json(config.output / "results.json", results)
@@ -161,20 +162,6 @@ def _measured(config: ExperimentConfig, run: ArmRun, what: str, name: str, folde
 
     home = config.output if what == "start" else run.folder(config.output)
     return cached(home / "hits" / f"{what}-{name}.safetensors", compute)
-
-
-def _summary(
-    config: ExperimentConfig, rows: dict[str, dict[str, list[Hits]]], row: str, name: str
-) -> dict[str, float | list[float] | None]:
-    found, baseline = mean_of(rows[row][name]), mean_of(rows[config.baseline][name])
-    scores = [hits.score for hits in rows[row][name]]
-    interval = bootstrap_ratio_interval(found.hits - baseline.hits, found.questions, seed=0)
-    return {
-        "mean": found.score,
-        "deviation": stdev(scores) if len(scores) > 1 else None,
-        "difference": found.score - baseline.score,
-        "interval": list(interval),
-    }
 
 
 if __name__ == "__main__":

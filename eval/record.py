@@ -16,16 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from eval.encoder import weights_sha256
-from vision_moe.files import replacing, write_json
+from vision_moe.assets import resolve_model
+from vision_moe.files import replacing, weights_sha256, write_json
 from vision_moe.tracking import environment
 
 
 def record(benchmark: str, model: str, settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """Wraps a result with the model's fingerprint, the settings, the versions and the time (UTC)."""
+    """Wraps a result with the weights' hash (None for a hub id), the settings, the versions and the time (UTC)."""
+    folder = Path(resolve_model(model))
     return {
         "benchmark": benchmark,
-        "model": {"path": model, "weights_sha256": weights_sha256(model)},
+        "model": {"path": model, "weights_sha256": weights_sha256(folder) if folder.is_dir() else None},
         "settings": settings,
         "result": result,
         "environment": environment(),

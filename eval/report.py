@@ -75,6 +75,14 @@ def comparison_table(result: dict[str, Any]) -> str:
     return table(["", "A, %", "B, %", "B - A (95 % interval)", "McNemar's p", "n"], rows)
 
 
+def yes_no_table(result: dict[str, Any]) -> str:
+    """Table of `eval.metrics.yes_no_scores`."""
+    found = result["accuracy"]
+    rows = [["accuracy", percent(found["value"], found["interval"]), str(found["n"])]]
+    rows += [[name, percent(result[name]), ""] for name in ("f1", "yes_ratio", "true_yes_ratio", "unparsed")]
+    return table(["yes or no", "% (95 % interval)", "n"], rows)
+
+
 def tasks_table(result: dict[str, Any]) -> str:
     """Table of `eval.run`: every number of every task."""
     rows = []
@@ -99,6 +107,7 @@ def render(record: dict[str, Any]) -> str:
         "factors": factors_table,
         "zero_shot": zero_shot_table,
         "imagenet_o": imagenet_o_table,
+        "yes_no": yes_no_table,
         "lmms_eval": tasks_table,
     }
     benchmark = record.get("benchmark")

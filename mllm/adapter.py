@@ -6,7 +6,6 @@ from names; the processor is the stage's.
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from mllm.images import AspectRatio
 from mllm.quantization import Quantization
 from vision_moe.checkpoint import write_folder
-from vision_moe.files import write_json
+from vision_moe.files import weights_sha256, write_json
 
 # In front of the names of PEFT's files: its wrapper around the model.
 PREFIX = "base_model.model."
@@ -35,7 +34,7 @@ class AdapterInfo:
 
     Attributes:
         base: folder of the base model.
-        base_fingerprint: of its weights, see `fingerprint`.
+        base_fingerprint: of its weights, see `vision_moe.files.weights_sha256`.
         quantization: in which the base was held in training; its folder is not quantised.
         image_aspect_ratio: how pictures became square in training.
         vision_tower_fingerprint: of the tower after training, see `mllm.tower_fingerprint`.
@@ -46,22 +45,6 @@ class AdapterInfo:
     quantization: Quantization | None
     image_aspect_ratio: AspectRatio
     vision_tower_fingerprint: str
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of the weight files of a model folder, in the order of their names.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no weights (*.safetensors) in {folder}")
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def save_adapter(
@@ -131,7 +114,7 @@ def find_base(folder: Path, moved_to: Path | None = None) -> Path:
         raise FileNotFoundError(
             f"the model that {folder} was trained on is not at {base}; python -m mllm.merge takes --base DIR"
         )
-    found = fingerprint(base)
+    found = weights_sha256(base)
     if found != info.base_fingerprint:
         raise ValueError(
             f"{base} holds other weights (fingerprint {found[:12]}) than {folder} was trained on "

@@ -9,7 +9,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,20 @@ def main() -> None:
     sys.stdout.write(json.dumps(result) + "\n")
 
 
+class SampleLosses(NamedTuple):
+    """Of N samples.
+
+    Attributes:
+        image_N: float64[N], nats over all supervised tokens of a sample, with its picture.
+        blank_N: float64[N], with a blank one.
+        tokens_N: int64[N], its supervised tokens.
+    """
+
+    image_N: Tensor
+    blank_N: Tensor
+    tokens_N: Tensor
+
+
 def caption_loss(config: CaptionLossConfig) -> dict[str, Any]:
     """Measures both losses.
 
@@ -71,6 +85,19 @@ def caption_loss(config: CaptionLossConfig) -> dict[str, Any]:
     Raises:
         ValueError: a sample has no picture, or is malformed.
     """
+    losses = sample_losses(config)
+    num_tokens = int(losses.tokens_N.sum())
+    return {
+        "loss_image": float(losses.image_N.sum()) / num_tokens,
+        "loss_blank": float(losses.blank_N.sum()) / num_tokens,
+        "share_image_better": float((losses.image_N < losses.blank_N).double().mean()),
+        "num_tokens": num_tokens,
+        "num_samples": len(losses.tokens_N),
+    }
+
+
+def sample_losses(config: CaptionLossConfig) -> SampleLosses:
+    """Measures both losses of each sample; raises what `caption_loss` does."""
     model = LlavaMoEForConditionalGeneration.from_pretrained(config.model).to(config.device).eval()
     processor = LlavaProcessor.from_pretrained(config.model)
     dataset = LlavaDataset(
@@ -90,22 +117,13 @@ def caption_loss(config: CaptionLossConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         collate_fn=LlavaCollator(processor.tokenizer.pad_token_id),
     )
-    sums = torch.zeros(2, dtype=torch.float64)
-    num_tokens = num_better = 0
+    parts = []
     for batch in tqdm(loader, disable=not sys.stderr.isatty()):
         batch = {name: tensor.to(config.device) for name, tensor in batch.items()}
         image_B, tokens_B = _answer_losses(model, batch)
         blank_B, _ = _answer_losses(model, {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])})
-        sums += torch.stack([image_B.sum(), blank_B.sum()]).double().cpu()
-        num_tokens += int(tokens_B.sum())
-        num_better += int((image_B < blank_B).sum())
-    return {
-        "loss_image": float(sums[0]) / num_tokens,
-        "loss_blank": float(sums[1]) / num_tokens,
-        "share_image_better": num_better / number,
-        "num_tokens": num_tokens,
-        "num_samples": number,
-    }
+        parts.append((image_B.double().cpu(), blank_B.double().cpu(), tokens_B.cpu()))
+    return SampleLosses(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 @torch.inference_mode()

@@ -1,7 +1,9 @@
 """Photos with captions as LLaVA data: `python -m mllm.captions_to_conversations --data SHARDS --out DIR`.
 
 Writes `images/{split}/KEY.jpg` (the bytes of the shards), `llava_pretrain.json` and `llava_finetune.json`. Each photo
-comes once in each list, with another of its captions where it has more than one.
+comes once in each list, with another of its captions where it has more than one. With `matching` there are two more:
+`llava_matching.json`, each photo with yes/no questions whether a caption is its own (`mllm.matching`), and
+`llava_mixed.json`, each photo's dialogue of the fine-tuning list with these questions behind it.
 """
 
 import logging
@@ -9,10 +11,10 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from mllm.matching import Turns, matching_turns
 from vision_moe.checkpoint import write_folder
 from vision_moe.config import parse
 from vision_moe.data.caption_fields import captions_of
@@ -49,8 +51,14 @@ class ConversionConfig:
     """Folder that the picture names of a list are relative to."""
     limit: int | None = None
     """Photos to take; all if None."""
+    matching: int = 0
+    """Yes/no questions about each photo, half of them about another photo's caption; 0 asks none."""
     seed: int = 0
     """Decides captions and questions."""
+
+    def __post_init__(self) -> None:
+        if self.matching < 0 or self.matching % 2:
+            raise ValueError(f"matching must be an even number, half yes and half no, but got {self.matching}")
 
 
 def main() -> None:
@@ -65,7 +73,7 @@ def convert(config: ConversionConfig) -> int:
     """Writes the folder; returns the number of photos.
 
     Raises:
-        ValueError: no photo can be read.
+        ValueError: no photo can be read, or the photos are too few or too alike to be confused.
     """
     source = open_source(config.data, config.split, ReadConfig(image_dir=config.image_dir))
     count = 0
@@ -76,15 +84,16 @@ def convert(config: ConversionConfig) -> int:
         if not names:
             raise ValueError(f"no readable photo in {config.data}")
         count = len(names)
-        pretrain, finetune = [], []
-        for position, name in names.items():
-            captions = captions_of(source.metadata(position), config.caption_field, source.name(position))
-            rng = random.Random(f"{config.seed}-{position}")
-            first, second = rng.sample(captions, 2) if len(captions) > 1 else captions * 2
-            pretrain.append(_sample(name, _PRETRAIN_QUESTION, first))
-            finetune.append(_sample(name, rng.choice(_FINETUNE_QUESTIONS), second))
-        write_json(folder / "llava_pretrain.json", pretrain)
-        write_json(folder / "llava_finetune.json", finetune)
+        captions = {
+            position: captions_of(source.metadata(position), config.caption_field, source.name(position))
+            for position in names
+        }
+        for name, dialogues in _dialogues(names, captions, config).items():
+            samples = [
+                {"id": Path(image).stem, "image": image, "conversations": turns}
+                for image, turns in zip(names.values(), dialogues, strict=True)
+            ]
+            write_json(folder / f"llava_{name}.json", samples)
 
     write_folder(config.out, write)
     return count
@@ -110,9 +119,34 @@ def _write_images(source: Source, config: ConversionConfig, folder: Path) -> dic
     return names
 
 
-def _sample(image: str, question: str, answer: str) -> dict[str, Any]:
-    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    return {"id": Path(image).stem, "image": image, "conversations": turns}
+def _dialogues(
+    names: dict[int, str], captions: dict[int, list[str]], config: ConversionConfig
+) -> dict[str, list[Turns]]:
+    """The turns about each photo, by list."""
+    lists: dict[str, list[Turns]] = {"pretrain": [], "finetune": []}
+    rest = []
+    for position in names:
+        rng = random.Random(f"{config.seed}-{position}")
+        own = captions[position]
+        first, second = rng.sample(own, 2) if len(own) > 1 else own * 2
+        lists["pretrain"].append(_turns(_PRETRAIN_QUESTION, first))
+        lists["finetune"].append(_turns(rng.choice(_FINETUNE_QUESTIONS), second))
+        # Captions that the other lists give away come last.
+        rest.append(sorted(own, key=[first, second].count))
+    if config.matching:
+        asked = matching_turns(rest, config.matching, config.seed)
+        lists["mixed"] = [told + turns for told, turns in zip(lists["finetune"], asked, strict=True)]
+        lists["matching"] = [_with_picture(turns) for turns in asked]
+    return lists
+
+
+def _turns(question: str, answer: str) -> Turns:
+    return _with_picture([{"from": "human", "value": question}, {"from": "gpt", "value": answer}])
+
+
+def _with_picture(turns: Turns) -> Turns:
+    first, *others = turns
+    return [{**first, "value": f"<image>\n{first['value']}"}, *others]
 
 
 if __name__ == "__main__":

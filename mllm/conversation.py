@@ -20,6 +20,10 @@ IGNORE_INDEX = -100
 
 Conversation = Sequence[Mapping[str, str]]
 
+_NOTHING_SUPERVISED = (
+    "nothing in the conversation is supervised: every answer is empty; give it an answer or drop the sample"
+)
+
 
 def encode(
     conversations: Conversation,
@@ -48,29 +52,35 @@ def encode(
     Raises:
         ValueError: the turns do not alternate, nothing is supervised, or the template does not fit.
     """
-    turns = _read_turns(conversations)
-    if not turns[-1].is_answer:
-        raise ValueError("the conversation ends with a human turn; remove it or add the answer to train on")
+    turns = _read_dialogue(conversations)
     rendered = render(template, _images_first(turns, several_images or template == "chat"), tokenizer)
     input_ids, labels = _tokenize(rendered, tokenizer, image_token_id)
     if all(label == IGNORE_INDEX for label in labels):
-        raise ValueError(
-            "nothing in the conversation is supervised: every answer is empty; give it an answer or drop the sample"
-        )
+        raise ValueError(_NOTHING_SUPERVISED)
     return input_ids, labels
 
 
 def ask_apart(conversations: Conversation) -> list[list[dict[str, str]]]:
-    """Each question with its answer as a conversation of its own, with the picture of the first question at its head.
+    """Each question that has an answer as a conversation of its own, with the dialogue's one picture at its head.
 
     Raises:
-        ValueError: as `encode`.
+        ValueError: as `encode`, or the picture stands in no turn or in several.
     """
-    turns = [turn._replace(text=turn.text.replace(IMAGE_TOKEN, "").strip()) for turn in _read_turns(conversations)]
-    return [
-        [{"from": "human", "value": f"{IMAGE_TOKEN}\n{question.text}"}, {"from": "gpt", "value": answer.text}]
+    turns = _read_dialogue(conversations)
+    places = sum(IMAGE_TOKEN in turn.text for turn in turns if not turn.is_answer)
+    if places != 1:
+        raise ValueError(f"1 picture, but {IMAGE_TOKEN} in {places} questions; it must stand in one")
+    asked = [
+        [
+            {"from": "human", "value": f"{IMAGE_TOKEN}\n{question.text.replace(IMAGE_TOKEN, '').strip()}"},
+            {"from": "gpt", "value": answer.text},
+        ]
         for question, answer in zip(turns[::2], turns[1::2], strict=True)
+        if answer.text
     ]
+    if not asked:
+        raise ValueError(_NOTHING_SUPERVISED)
+    return asked
 
 
 def encode_prompt(
@@ -104,6 +114,14 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> li
     supervised = [label for label in labels if label != IGNORE_INDEX]
     end = tokenizer.eos_token_id
     return sorted({supervised[-1]} | ({end} if end is not None else set()))
+
+
+def _read_dialogue(conversations: Conversation) -> list[Turn]:
+    """Turns of a training sample, which end with an answer."""
+    turns = _read_turns(conversations)
+    if not turns[-1].is_answer:
+        raise ValueError("the conversation ends with a human turn; remove it or add the answer to train on")
+    return turns
 
 
 def _read_turns(conversations: Conversation) -> list[Turn]:

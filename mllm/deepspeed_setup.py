@@ -6,15 +6,20 @@ import socket
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from vision_moe.moe.layer import MoEMLP
 
 _FOLDER = Path(__file__).parent
+PACKAGED = ("zero2", "zero3", "zero2_offload", "zero3_offload")
+"""Names of the JSON files that ship with the package; offload keeps optimizer and, in stage 3, weights in the host."""
 
 
 def deepspeed_config(name: str) -> str | None:
-    """The JSON of a recipe's `deepspeed`: "zero2", "zero3", a path; None for "none"."""
+    """The JSON of a recipe's `deepspeed`: one of `PACKAGED`, or a path; None for "none"."""
     if name == "none":
         return None
-    return str(_FOLDER / f"{name}.json") if name in ("zero2", "zero3") else name
+    return str(_FOLDER / f"{name}.json") if name in PACKAGED else name
 
 
 def zero_stage(name: str) -> int:
@@ -48,6 +53,17 @@ def init_deepspeed() -> None:
     # operators is the place where one is switched off.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
+
+
+def keep_blocks_whole(model: nn.Module) -> None:
+    """Lets ZeRO-3 fetch the router and the experts of a block of the tower together, and count them as one module.
+
+    It learns the order in which modules run from the first step; what runs within a block depends on the tokens.
+    """
+    if any(isinstance(module, MoEMLP) for module in model.modules()):
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [MoEMLP])
 
 
 def _free_port() -> int:

@@ -17,13 +17,14 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm.conversation import IMAGE_TOKEN, IMAGE_TOKEN_ID, Template, encode_prompt, stop_token_ids
+from mllm.feature_cache import FeatureCache
 from mllm.images import pixels
+from mllm.messages import Messages, to_conversation
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.pretrained import load_model, load_processor
 from mllm.quantization import Quantization
 from mllm.streaming import Generation, StopOnEvent
 
-Messages = Sequence[dict[str, str]]
 # A picture, or what `Chat.image_features` made of it.
 Picture: TypeAlias = Image.Image | Tensor
 Question = tuple[Messages, Sequence[Picture]]
@@ -35,7 +36,7 @@ class Chat:
 
     Messages are {"role": "user" | "assistant", "content": text}, ending with the user's. Each `<image>` in them stands
     for one picture, in order; if there is none, the pictures go to the head of the first message. A conversation of
-    several turns runs the tower once if it gives `image_features` in place of pictures.
+    several turns runs the tower once for each picture: the features of the last ones are kept.
 
     Args:
         model: the LLaVA.
@@ -47,6 +48,7 @@ class Chat:
         self.model = model.eval()
         self.processor = processor
         self.template: Template = template
+        self._features_of = FeatureCache(self.image_features)
         self._stop_ids = stop_token_ids(processor.tokenizer, template)
 
     def generate(
@@ -172,12 +174,11 @@ class Chat:
 
     def _features(self, pictures: Sequence[Picture]) -> list[Tensor]:
         unread = [picture for picture in pictures if isinstance(picture, Image.Image)]
-        read = iter(self.image_features(unread) if unread else [])
+        read = iter(self._features_of(unread) if unread else [])
         return [next(read) if isinstance(picture, Image.Image) else picture for picture in pictures]
 
     def _prompt_ids(self, messages: Messages, num_images: int) -> list[int]:
-        conversation = _place_images(_to_conversation(messages), num_images)
-        ids = encode_prompt(conversation, self.processor.tokenizer, self.template)
+        ids = encode_prompt(to_conversation(messages, num_images), self.processor.tokenizer, self.template)
         if ids.count(IMAGE_TOKEN_ID) != num_images:
             raise ValueError(
                 f"{num_images} picture(s) for {ids.count(IMAGE_TOKEN_ID)} {IMAGE_TOKEN} placeholder(s) in the "
@@ -236,22 +237,3 @@ def load(
     if template is None:
         raise ValueError(f"the config of {folder} names no conversation_template; say which it was trained with")
     return Chat(model, load_processor(folder), template)
-
-
-def _to_conversation(messages: Messages) -> list[dict[str, str]]:
-    sides = {"user": "human", "assistant": "gpt"}
-    for index, message in enumerate(messages):
-        if message.get("role") not in sides:
-            raise ValueError(f"message {index} has role {message.get('role')!r}; choose one of: {', '.join(sides)}")
-    return [{"from": sides[message["role"]], "value": message["content"]} for message in messages]
-
-
-def _place_images(conversation: list[dict[str, str]], num_images: int) -> list[dict[str, str]]:
-    placed = any(IMAGE_TOKEN in turn["value"] for turn in conversation)
-    if placed or not num_images:
-        return conversation
-    for turn in conversation:
-        if turn["from"] == "human":
-            turn["value"] = f"{IMAGE_TOKEN}\n" * num_images + turn["value"]
-            break
-    return conversation

@@ -1,6 +1,7 @@
 """Stops a run at the first loss that is not finite, and says which samples it was.
 
-The check comes before the backward pass, so no weight has been spoiled yet: the last checkpoint is as good as before.
+The check comes before a step's last backward pass, so no weight has been spoiled yet: the last checkpoint is as good as
+before. Ranks talk and the device is waited for once a step, however many forwards it has.
 """
 
 import copy
@@ -20,7 +21,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class LossWatch:
-    """Looks at the loss of every forward on all ranks.
+    """Looks at the losses of a step on all ranks.
 
     Args:
         sampler: knows which samples each rank sees in each forward.
@@ -30,41 +31,51 @@ class LossWatch:
     def __init__(self, sampler: DialogueBatchSampler, dataset: LlavaDataset) -> None:
         self.sampler = sampler
         self.dataset = dataset
-        self._step = -1
-        self._forward = 0
+        self._losses: list[Tensor] = []
 
     def check(self, loss: Tensor, step: int) -> None:
-        """Checks one forward; all ranks must call it.
+        """Takes the loss of one forward, and checks those of the step with its last one; all ranks must call it.
 
         Args:
             loss: scalar.
             step: steps that are complete.
 
         Raises:
-            NonFiniteLossError: some rank's loss is not finite; raised on all of them.
+            NonFiniteLossError: some loss of the step is not finite on some rank; raised on all of them.
         """
-        self._forward = self._forward + 1 if step == self._step else 0
-        self._step = step
-        losses_W = gather(loss.detach().float().reshape(1))
-        if torch.isfinite(losses_W).all():
+        self._losses.append(loss.detach().float())
+        if len(self._losses) < self.sampler.accumulation:
             return
-        ids = [self._sample_ids(number) for number in range(len(losses_W))]
+        losses_WA = gather(torch.stack(self._losses)[None])
+        self._losses = []
+        if not torch.isfinite(losses_WA).all():
+            raise NonFiniteLossError(self._message(losses_WA.tolist(), step))
+
+    def _message(self, losses_WA: list[list[float]], step: int) -> str:
+        """Which forward of which rank it was; the first one tells of the others' cause, if they have one."""
+        ids = [self._sample_ids(number, step) for number in range(len(losses_WA))]
+        broken = [(forward, number) for number, row in enumerate(losses_WA) for forward in _not_finite(row)]
+        first, _ = min(broken)
         told = [
-            f"{value} on rank {number}, samples {', '.join(ids[number][self._forward])}"
-            for number, value in enumerate(losses_W.tolist())
-            if not math.isfinite(value)
+            f"{losses_WA[number][forward]} on rank {number}, samples {', '.join(ids[number][forward])}"
+            for forward, number in broken
+            if forward == first
         ]
         everything = ", ".join(name for forwards in ids for forward in forwards for name in forward)
-        raise NonFiniteLossError(
-            f"the loss of step {step + 1}, forward {self._forward + 1} of {self.sampler.accumulation}, is not finite: "
+        return (
+            f"the loss of step {step + 1}, forward {first + 1} of {self.sampler.accumulation}, is not finite: "
             f"{'; '.join(told)}. All samples of the step: {everything}. Nothing was learnt from it; look at these "
             f"samples, or lower the learning rate"
         )
 
-    def _sample_ids(self, number: int) -> list[list[str]]:
-        """Ids of a rank's samples in the present step, forward by forward."""
+    def _sample_ids(self, number: int, step: int) -> list[list[str]]:
+        """Ids of a rank's samples in a step, forward by forward."""
         sampler = copy.copy(self.sampler)
         sampler.rank = number
-        first = self._step * sampler.accumulation
+        first = step * sampler.accumulation
         forwards = islice(sampler, first, first + sampler.accumulation)
         return [[self.dataset.sample_id(index) for index in forward] for forward in forwards]
+
+
+def _not_finite(losses: list[float]) -> list[int]:
+    return [number for number, loss in enumerate(losses) if not math.isfinite(loss)]

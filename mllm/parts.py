@@ -1,4 +1,7 @@
-"""The three parts of a LLaVA model, and which of their parameters train in a stage."""
+"""The parts of a LLaVA model, and which of their parameters train in a stage.
+
+"tower" is the vision tower without its routers and experts, which are parts of their own; a dense tower has none.
+"""
 
 from collections.abc import Iterator
 
@@ -7,8 +10,10 @@ from transformers import PreTrainedModel
 
 from mllm.lora import add_lora
 from mllm.recipe import StageConfig
+from vision_moe.moe.experts import Experts, SharedExpert
+from vision_moe.moe.router import Router
 
-PARTS = ("projector", "llm", "tower")
+PARTS = ("projector", "llm", "tower", "routers", "experts")
 
 
 def named_parts(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -20,6 +25,9 @@ def named_parts(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     inner = model.model
     owner = {id(p): "projector" for p in inner.multi_modal_projector.parameters()}
     owner |= {id(p): "tower" for p in inner.vision_tower.parameters()}
+    for part, kinds in (("routers", Router), ("experts", Experts | SharedExpert)):
+        modules = (module for module in inner.vision_tower.modules() if isinstance(module, kinds))
+        owner |= {id(p): part for module in modules for p in module.parameters()}
     owner |= {id(p): "llm" for p in _llm_parameters(model)}
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
@@ -33,21 +41,28 @@ def set_trainable(model: PreTrainedModel, stage: StageConfig) -> dict[str, dict[
     """Freezes and frees the parts as the stage says; adds adapters for llm: lora.
 
     Returns:
-        For each part the numbers of trained and of all parameters, ZeRO-3's partitioned ones counted whole.
+        For each part that the model has the numbers of trained and of all parameters, ZeRO-3's partitioned ones counted
+        whole.
+
+    Raises:
+        ValueError: the stage wants to train routers or experts of a dense tower.
     """
-    modes = {"projector": stage.projector, "llm": stage.llm, "tower": stage.tower}
     if stage.llm == "lora":
         add_lora(model, stage.lora)
     for part, parameters in named_parts(model).items():
+        mode = stage.modes[part]
+        if not parameters and part in ("routers", "experts") and getattr(stage, part) == "full":
+            raise ValueError(f"{part} cannot train: the vision tower is dense; take a CLIP-MoE, or leave the field out")
         # Under LoRA the language model is as add_lora left it.
-        for _, parameter in parameters if modes[part] != "lora" else ():
-            parameter.requires_grad_(modes[part] == "full")
+        for _, parameter in parameters if mode != "lora" else ():
+            parameter.requires_grad_(mode == "full")
     return {
         part: {
             "trained": sum(num_elements(p) for _, p in parameters if p.requires_grad),
             "all": sum(num_elements(p) for _, p in parameters),
         }
         for part, parameters in named_parts(model).items()
+        if parameters
     }
 
 

@@ -1,19 +1,19 @@
 """One real batch forward and backward before a stage's first step, so that what would go wrong goes wrong at once.
 
 It leaves the training as it finds it: gradients are dropped as they come, random generators are put back, and the
-sampler begins anew at every pass. Under ZeRO-3 the weights lie in pieces that only DeepSpeed's engine puts together, so
-there the batch, the folder and what requires gradients are checked, and nothing is computed.
+sampler begins anew at every pass. The weights that ZeRO-3 holds in pieces are put together for it, where the device has
+the room; where it has not, the batch, the folder and what requires gradients are checked, and nothing is computed.
 """
 
 import logging
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _FORWARDS = 8
 
 Batch = dict[str, Any]
+Result = TypeVar("Result")
 
 
 class PreflightError(ValueError):
@@ -53,24 +54,35 @@ def preflight(trainer: LlavaTrainer, stage: StageConfig, folder: Path) -> None:
     """
     plugin = trainer.accelerator.state.deepspeed_plugin
     zero_stage = None if plugin is None else int(plugin.zero_stage)
+    device = trainer.args.device
+    with _generators_put_back():
+        estimate = estimate_memory(trainer.model, zero_stage, world_size())
+        batch = _on_all_ranks(device, lambda: _check(trainer, stage, folder, estimate))
+        if zero_stage == 3 and not _all_have_room(device, estimate.weights * world_size()):
+            logger.info("preflight: forward and backward are left out: ZeRO-3's weights do not fit in one piece")
+            return
+        with _whole_weights(trainer.model, zero_stage):
+            _on_all_ranks(device, lambda: _raise_if(_run(trainer, batch)))
+    logger.info("preflight: forward and backward are as they must be")
+
+
+def _on_all_ranks(device: torch.device, check: Callable[[], Result]) -> Result:
+    """What `check` returns, if it raises on no rank: one that left alone would leave the others waiting for it."""
     error: Exception | None = None
     try:
-        with _generators_put_back():
-            estimate = estimate_memory(trainer.model, zero_stage, world_size())
-            _check(trainer, stage, folder, estimate, runs_model=zero_stage != 3)
+        result = check()
     except Exception as caught:
         error = caught
-    # A rank that left here alone would leave the others waiting for it.
-    num_failed = int(sum_over_ranks(torch.tensor(error is not None, dtype=torch.int64, device=trainer.args.device)))
+    num_failed = int(sum_over_ranks(torch.tensor(error is not None, dtype=torch.int64, device=device)))
     if error is not None:
         raise error
     if num_failed:
         raise PreflightError(f"the preflight failed on {num_failed} other rank(s); see their messages")
+    return result
 
 
-def _check(
-    trainer: LlavaTrainer, stage: StageConfig, folder: Path, estimate: MemoryEstimate, *, runs_model: bool
-) -> None:
+def _check(trainer: LlavaTrainer, stage: StageConfig, folder: Path, estimate: MemoryEstimate) -> Batch:
+    """All that needs no forward; a first batch of this rank."""
     logger.info("memory of each process without activations, and of a checkpoint: %s", estimate)
     batch = _first_batch(trainer)
     num_supervised = int(_supervised(batch))
@@ -82,12 +94,30 @@ def _check(
             f"nothing is supervised in the first {_FORWARDS} forwards; look at the data with "
             f"`python -m mllm.data.check RECIPE`"
         )
-    if runs_model and not problems:
-        problems += _run(trainer, batch)
+    _raise_if(problems)
+    logger.info("preflight: %d supervised tokens in a first batch", num_supervised)
+    return batch
+
+
+def _raise_if(problems: list[str]) -> None:
     if problems:
         raise PreflightError("preflight: " + "; ".join(problems))
-    done = "forward and backward are as they must be" if runs_model else "forward and backward are left out (ZeRO-3)"
-    logger.info("preflight: %d supervised tokens in a first batch; %s", num_supervised, done)
+
+
+def _all_have_room(device: torch.device, size: int) -> bool:
+    """Whether every rank's device has twice `size` bytes left, half of it for activations; memory of a host counts."""
+    has_room = device.type != "cuda" or 2 * size <= torch.cuda.mem_get_info(device)[0]
+    return int(sum_over_ranks(torch.tensor(has_room, dtype=torch.int64, device=device))) == world_size()
+
+
+def _whole_weights(model: nn.Module, zero_stage: int | None) -> AbstractContextManager[Any]:
+    """A block in which no weight is in pieces; all ranks must enter and leave it."""
+    if zero_stage != 3:
+        return nullcontext()
+    import deepspeed
+
+    # With a rank that hands them back they are freed at the end.
+    return deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)
 
 
 def _first_batch(trainer: LlavaTrainer) -> Batch:
@@ -112,7 +142,7 @@ def _wrong_parts(model: nn.Module, stage: StageConfig) -> list[str]:
     """Parts that train otherwise than the recipe says."""
     problems = []
     for part, parameters in named_parts(model).items():
-        mode, trains = getattr(stage, part), [parameter.requires_grad for _, parameter in parameters]
+        mode, trains = stage.modes[part], [parameter.requires_grad for _, parameter in parameters]
         as_said = {"full": all(trains), "frozen": not any(trains)}.get(mode, any(trains))
         if not as_said:
             problems.append(f"{part} should be {mode!r}, but {sum(trains)} of its {len(trains)} parameters train")

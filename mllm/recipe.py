@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mllm.deepspeed_setup import zero_stage
+from mllm.deepspeed_setup import PACKAGED, zero_stage
 from mllm.quantization import Quantization
 from vision_moe.stage_recipe import Tracker
 
@@ -39,12 +39,20 @@ class StageConfig:
     """How this stage's pictures become square; the recipe's image_aspect_ratio if None."""
     tower: Literal["frozen", "full"] = "frozen"
     """Vision tower: frozen, or all of its weights."""
+    routers: Literal["frozen", "full"] | None = None
+    """Routers of the tower's experts; as the tower if None."""
+    experts: Literal["frozen", "full"] | None = None
+    """The tower's experts; as the tower if None."""
     projector: Literal["frozen", "full"] = "full"
     """Projector: frozen, or all of its weights."""
     llm: TrainMode = "frozen"
     """Language model: frozen, all of its weights, or LoRA."""
     tower_lr: float = 2e-6
     """Peak learning rate of the vision tower."""
+    router_lr: float | None = None
+    """Peak learning rate of the routers; the tower's if None."""
+    expert_lr: float | None = None
+    """Peak learning rate of the experts; the tower's if None."""
     projector_lr: float = 1e-3
     """Peak learning rate of the projector."""
     llm_lr: float = 2e-5
@@ -82,8 +90,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         if not self.enabled:
             return
-        if (self.tower, self.projector, self.llm) == ("frozen", "frozen", "frozen"):
-            raise ValueError("a stage must train something, but tower, projector and llm are all frozen")
+        if set(self.modes.values()) == {"frozen"}:
+            raise ValueError(f"a stage must train something, but {', '.join(self.modes)} are all frozen")
         if self.independent_turns and self.packing:
             raise ValueError("independent_turns and packing cannot be combined; switch one of them off")
         if self.quantization is not None and self.llm != "lora":
@@ -96,6 +104,28 @@ class StageConfig:
                 f"batch sizes must be positive, but got global_batch_size={self.global_batch_size} "
                 f"and per_device_batch_size={self.per_device_batch_size}"
             )
+
+    @property
+    def modes(self) -> dict[str, TrainMode]:
+        """How each part of `mllm.parts` trains."""
+        return {
+            "projector": self.projector,
+            "llm": self.llm,
+            "tower": self.tower,
+            "routers": self.routers or self.tower,
+            "experts": self.experts or self.tower,
+        }
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Peak learning rate of each part, whether it trains or not."""
+        return {
+            "projector": self.projector_lr,
+            "llm": self.llm_lr,
+            "tower": self.tower_lr,
+            "routers": self.tower_lr if self.router_lr is None else self.router_lr,
+            "experts": self.tower_lr if self.expert_lr is None else self.expert_lr,
+        }
 
     def accumulation(self, world_size: int) -> int:
         """Forwards per step and process.
@@ -127,7 +157,8 @@ class LlavaConfig:
     output: Path
     """Folder of the run; an interrupted run goes on when it is started again with the same recipe."""
     vision: str = "scenes-clip"
-    """Vision tower: a folder or hub name of a CLIP or CLIP-MoE (whole or image half), or "scenes-clip"."""
+    """Vision tower: a folder or hub name of a CLIP, CLIP-MoE or another family (docs/families.md), whole or its image
+    half; an open_clip folder; or "scenes-clip"."""
     llm: str = "scenes-llama"
     """Language model: a folder or hub name of a Llama-family model, "smollm2", or "scenes-llama"."""
     image_folder: Path | None = None
@@ -152,7 +183,8 @@ class LlavaConfig:
     finetune: StageConfig = field(default_factory=_finetune)
     """Stage 2: instruction tuning."""
     deepspeed: str = "zero2"
-    """"zero2", "zero3", "none", or a DeepSpeed JSON."""
+    """"zero2", "zero3", "zero2_offload" and "zero3_offload" (optimizer, and zero3's weights, in the host's memory),
+    "none", or a DeepSpeed JSON."""
     attn_implementation: str = "sdpa"
     """Attention kernel, by transformers' name; "eager" is faster on CPU for short sequences (docs/performance.md)."""
     bf16: bool = True
@@ -176,9 +208,9 @@ class LlavaConfig:
             raise ValueError("both stages are disabled; enable pretrain, finetune, or both")
         if self.hang_timeout < 0:
             raise ValueError(f"hang_timeout must be a number of seconds, or 0 for none, but got {self.hang_timeout}")
-        if self.deepspeed not in ("zero2", "zero3", "none") and not Path(self.deepspeed).is_file():
+        if self.deepspeed not in (*PACKAGED, "none") and not Path(self.deepspeed).is_file():
             raise ValueError(
-                f"deepspeed must be zero2, zero3, none or an existing JSON file, but got {self.deepspeed!r}"
+                f"deepspeed must be {', '.join(PACKAGED)}, none or an existing JSON file, but got {self.deepspeed!r}"
             )
         apart = [name for name, stage in enabled_stages(self) if stage.independent_turns]
         if apart and self.attn_implementation not in ("eager", "sdpa"):

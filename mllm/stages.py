@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.utils.generic import is_flash_attention_requested
 
-from mllm.adapter import AdapterInfo, fingerprint, save_adapter
+from mllm.adapter import AdapterInfo, save_adapter
 from mllm.collate import BranchedCollator, LlavaCollator, PackedCollator
 from mllm.data import LlavaDataset
+from mllm.deepspeed_setup import keep_blocks_whole, zero_stage
 from mllm.images import set_aspect_ratio
 from mllm.merge import merge_adapter
 from mllm.model import LlavaMoEForConditionalGeneration
@@ -32,7 +33,7 @@ from mllm.training_batch import TrainingCollator
 from mllm.watchdog import HangWatchdog
 from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.distributed import barrier, is_main, rank, world_size
-from vision_moe.files import write_json
+from vision_moe.files import weights_sha256, write_json
 from vision_moe.trackers import tracker_callbacks
 from vision_moe.tracking import MetricsCallback
 
@@ -153,7 +154,7 @@ class StageRunner:
             train_dataset=dataset,
             data_collator=self._collator(stage),
             batch_sampler=sampler,
-            learning_rates={"projector": stage.projector_lr, "llm": stage.llm_lr, "tower": stage.tower_lr},
+            learning_rates=stage.learning_rates,
             callbacks=[
                 MetricsCallback(self.config.output, name),
                 *tracker_callbacks(self.config.report_to, self.config.output / name),
@@ -178,6 +179,8 @@ class StageRunner:
         )
         if quantized:
             accept_own_state(model)
+        if zero_stage(self.config.deepspeed) == 3:
+            keep_blocks_whole(model)
         wrong = {name: sorted(keys) for name, keys in report.items() if keys}
         if wrong:
             raise ValueError(f"{start} does not hold this model: {wrong}")
@@ -195,7 +198,7 @@ class StageRunner:
         if stage.llm == "lora":
             info = AdapterInfo(
                 base=str(start.resolve()),
-                base_fingerprint=fingerprint(start),
+                base_fingerprint=weights_sha256(start),
                 quantization=stage.quantization,
                 image_aspect_ratio=aspect_ratio,
                 vision_tower_fingerprint=model.config.vision_tower_fingerprint,
@@ -227,9 +230,8 @@ class StageRunner:
             world_size(),
             stage.accumulation(world_size()),
         )
-        rates: dict[str, Any] = {"projector": stage.projector_lr, "llm": stage.llm_lr, "tower": stage.tower_lr}
         for part, counts in trained.items():
-            rate = f"learning rate {rates[part]:g}" if counts["trained"] else "frozen"
+            rate = f"learning rate {stage.learning_rates[part]:g}" if counts["trained"] else "frozen"
             logger.info("  %s: trains %d of %d parameters, %s", part, counts["trained"], counts["all"], rate)
 
     def _clean(self, folder: Path) -> None:

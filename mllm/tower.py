@@ -6,8 +6,25 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 
+from vision_moe.assets import resolve_model
+from vision_moe.convert.__main__ import OPEN_CLIP_CONFIG, convert
 from vision_moe.model import CLIPMoEVisionModel
 from vision_moe.model.families import ENCODER_BY_TYPE, TOWER_BY_TYPE, tower_family
+
+
+def resolve_tower(name: str, converted: Path) -> str:
+    """Folder or hub name that `load_tower` takes for a recipe's `vision`.
+
+    Args:
+        name: "scenes-clip", a folder, a hub name, or a folder as open_clip writes it.
+        converted: where the model of an open_clip folder is written, unless it is there.
+    """
+    folder = Path(resolve_model(name))
+    if not (folder / OPEN_CLIP_CONFIG).is_file() or (folder / "config.json").is_file():
+        return str(folder) if folder.is_dir() else name
+    if not converted.is_dir():
+        convert(name, converted)
+    return str(converted)
 
 
 def load_tower(vision: str | Path | PreTrainedModel, select_layer: int, dtype: torch.dtype) -> PreTrainedModel:

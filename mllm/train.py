@@ -18,7 +18,7 @@ from mllm.deepspeed_setup import init_deepspeed
 from mllm.language_model import resolve_language_model
 from mllm.recipe import LlavaConfig, StageConfig, enabled_stages
 from mllm.stages import StageRunner, is_finished
-from vision_moe.assets import resolve_model
+from mllm.tower import resolve_tower
 from vision_moe.config import parse
 from vision_moe.data.scenes import ScenesArguments, generate
 from vision_moe.distributed import barrier, is_main
@@ -67,6 +67,7 @@ def run(config: LlavaConfig) -> Path:
     # The adapter of a first stage with LoRA needs its base model.
     if is_main() and stages[0][1].llm != "lora":
         shutil.rmtree(start, ignore_errors=True)
+        shutil.rmtree(config.output / "vision", ignore_errors=True)
     barrier()
     return folders[-1]
 
@@ -75,7 +76,7 @@ def _build_start(config: LlavaConfig, start: Path) -> None:
     """Puts the untrained LLaVA together on rank 0, in plain memory: nothing of DeepSpeed is active yet."""
     if is_main() and not start.is_dir():
         assemble(
-            resolve_model(config.vision),
+            resolve_tower(config.vision, config.output / "vision"),
             resolve_language_model(config.llm),
             None,
             start,

@@ -26,7 +26,7 @@ class LlavaTrainer(SampledTrainer):
 
     Args:
         batch_sampler: yields this rank's indices for each forward.
-        learning_rates: peak learning rate by part ("projector", "llm", "tower").
+        learning_rates: peak learning rate by part (`mllm.parts.PARTS`).
     """
 
     optimizer: Optimizer | None

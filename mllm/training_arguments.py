@@ -20,7 +20,7 @@ def training_arguments(config: LlavaConfig, stage: StageConfig, folder: Path, nu
         per_device_train_batch_size=stage.per_device_batch_size,
         gradient_accumulation_steps=stage.accumulation(world_size()),
         # The largest; every part's own goes into its parameter groups.
-        learning_rate=max(stage.projector_lr, stage.llm_lr, stage.tower_lr),
+        learning_rate=max(stage.learning_rates.values()),
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         lr_scheduler_type=stage.schedule,
@@ -41,6 +41,6 @@ def training_arguments(config: LlavaConfig, stage: StageConfig, folder: Path, nu
         run_name=run_name(folder),
         disable_tqdm=not sys.stderr.isatty(),
         # A tower's last norm serves its class token, which LLaVA does not read.
-        ddp_find_unused_parameters=stage.tower == "full",
+        ddp_find_unused_parameters="full" in (stage.modes[part] for part in ("tower", "routers", "experts")),
         deepspeed=deepspeed_config(config.deepspeed),
     )

@@ -4,15 +4,8 @@
 #   bash scripts/train_encoder.sh vision_moe/recipes/scenes.yaml --data.train outputs/scenes --output outputs/scenes_encoder
 #   NPROC=8 bash scripts/train_encoder.sh RECIPE ...       processes on this machine (default: one per GPU, else one)
 #   TORCHRUN_ARGS="--nnodes 2 --rdzv-backend c10d --rdzv-endpoint host:29500" NPROC=8 bash scripts/train_encoder.sh ...
+# Several machines: NNODES, NODE_RANK, MASTER_ADDR as in scripts/launch.sh; by SLURM: scripts/slurm/train.sbatch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
-
-python=.venv/bin/python
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
-if [ "$NPROC" -gt 1 ] || [ -n "${TORCHRUN_ARGS:-}" ]; then
-    # shellcheck disable=SC2086  # several arguments on purpose
-    exec "$python" -m torch.distributed.run --nproc-per-node "$NPROC" ${TORCHRUN_ARGS:-} -m vision_moe.train "$@"
-fi
-exec "$python" -m vision_moe.train "$@"
+exec bash scripts/launch.sh vision_moe.train "$@"

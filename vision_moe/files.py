@@ -1,5 +1,6 @@
-"""Files that are whole or not there: written under a temporary name beside their place, then renamed."""
+"""Files that are whole or not there: written under a temporary name beside their place, then renamed. And a hash."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -26,3 +27,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 over the weight files of a model folder, one after the other in the order of their names.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise FileNotFoundError(f"no weights (*.safetensors) in {folder}")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

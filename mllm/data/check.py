@@ -23,8 +23,8 @@ from mllm.data.dataset import LlavaDataset
 from mllm.data.findings import Findings, Summary
 from mllm.language_model import resolve_language_model
 from mllm.recipe import LlavaConfig, StageConfig, enabled_stages
+from mllm.tower import resolve_tower
 from mllm.train import with_data
-from vision_moe.assets import resolve_model
 from vision_moe.config import parse
 from vision_moe.tracking import setup_logging
 
@@ -64,7 +64,7 @@ def check(config: CheckConfig) -> bool:
         FileNotFoundError: data are not where the recipe says.
     """
     resolved = with_data(config)
-    vision, llm = resolve_model(config.vision), resolve_language_model(config.llm)
+    vision, llm = resolve_tower(config.vision, config.output / "vision"), resolve_language_model(config.llm)
     processor, num_image_tokens = build_processor(vision, llm)
     good = True
     for name, stage in enabled_stages(resolved):
@@ -78,6 +78,7 @@ def check(config: CheckConfig) -> bool:
             num_image_tokens=num_image_tokens,
             max_length=config.max_length,
             index_cache=config.output / name / "data_index.safetensors",
+            independent_turns=stage.independent_turns,
         )
         good &= _check_stage(name, stage, dataset, config)
     return good
@@ -134,11 +135,16 @@ def _shown(dataset: LlavaDataset, number: int, color: bool) -> str:
     except ValueError as error:
         return f"{error}"
     parts = []
-    tokens = zip(encoded.input_ids, encoded.labels, strict=True)
-    for (is_image, is_answer), group in itertools.groupby(
-        tokens, lambda token: (token[0] == dataset.image_token_id, token[1] != IGNORE_INDEX)
+    # Where turns are independent, each is a segment behind what they all see.
+    segments = encoded.columns.get("segments", [0] * len(encoded.labels))
+    tokens = zip(encoded.input_ids, encoded.labels, segments, strict=True)
+    shown_segment = 0
+    for (is_image, is_answer, segment), group in itertools.groupby(
+        tokens, lambda token: (token[0] == dataset.image_token_id, token[1] != IGNORE_INDEX, token[2])
     ):
-        ids = [token_id for token_id, _ in group]
+        ids = [token_id for token_id, *_ in group]
+        parts += ["\n|"] if segment != shown_segment else []
+        shown_segment = segment
         text = f"<image x {len(ids)}>" if is_image else dataset.tokenizer.decode(ids)
         style = _PICTURE if is_image else _SUPERVISED if is_answer else _MASKED
         plain = f"[[{text}]]" if is_answer else text

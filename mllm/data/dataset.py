@@ -32,16 +32,26 @@ class Encoded(NamedTuple):
     """A sample without its pixels.
 
     Attributes:
-        input_ids: ids, every picture expanded to its tokens, at most max_length of them.
-        labels: as many, -100 where nothing is supervised.
+        columns: lists of equal length, at most max_length: "input_ids", every picture expanded to its tokens; "labels",
+            -100 where nothing is supervised; where turns are independent also "position_ids" and "segments"
+            (`mllm.branches.Row`).
         pictures: names of its pictures.
         num_cut: tokens that were cut off its end.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    columns: Row
     pictures: list[str]
     num_cut: int
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Of its columns."""
+        return self.columns["input_ids"]
+
+    @property
+    def labels(self) -> list[int]:
+        """Of its columns."""
+        return self.columns["labels"]
 
 
 class UnusableSampleError(ValueError):
@@ -110,8 +120,7 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
         """One sample.
 
         Returns:
-            "input_ids" and "labels", lists of equal length, under independent_turns also "position_ids" and "segments"
-            (`mllm.branches.Row`); with a picture "pixel_values", float32[n, 3, H, W] (one row a picture).
+            the columns of `Encoded`; with a picture "pixel_values", float32[n, 3, H, W] (one row a picture).
 
         Raises:
             UnusableSampleError: naming the sample, unless such samples are skipped: its pictures cannot be read, or
@@ -121,9 +130,7 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
         """
         try:
             encoded = self.encoded(number)
-            sample: Sample = {"input_ids": encoded.input_ids, "labels": encoded.labels}
-            if self.independent_turns and len(encoded.pictures) == 1:
-                sample = {**self._branches(self.index[number]["conversations"])}
+            sample: Sample = {**encoded.columns}
             if encoded.pictures:
                 sample["pixel_values"] = self._read_pixels(encoded.pictures)
         except UnusableSampleError as error:
@@ -154,6 +161,9 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
         """
         sample = self.index[number]
         names = image_names(sample)
+        if self.independent_turns and len(names) == 1:
+            asked = [encode(turns, self.tokenizer, self.template) for turns in ask_apart(sample["conversations"])]
+            return self._cut(join_branches([self._expand(*pair) for pair in asked]), names)
         input_ids, labels = encode(
             sample["conversations"], self.tokenizer, self.template, several_images=len(names) > 1
         )
@@ -163,7 +173,7 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
                 f"{len(names)} picture(s) but {num_placeholders} {IMAGE_TOKEN} placeholder(s) after the template "
                 f"{self.template!r}; they must match"
             )
-        return self._cut(*self._expand(input_ids, labels), names)
+        return self._cut(dict(zip(("input_ids", "labels"), self._expand(input_ids, labels), strict=True)), names)
 
     def sample_id(self, number: int) -> str:
         """What the file calls a sample: its "id", or its number if it has none."""
@@ -179,11 +189,6 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
             raise ValueError(f"it names the picture {name!r}, but no image_folder was given")
         return self.image_folder / name
 
-    def _branches(self, conversations: list[dict[str, str]]) -> Row:
-        """Every question with its answer as a branch on the picture, cut at max_length."""
-        asked = [self._expand(*encode(turns, self.tokenizer, self.template)) for turns in ask_apart(conversations)]
-        return {name: values[: self.max_length] for name, values in join_branches(asked).items()}
-
     def _expand(self, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         ids_out: list[int] = []
         labels_out: list[int] = []
@@ -194,20 +199,21 @@ class LlavaDataset(Dataset[Sample | SkippedSample]):
             labels_out += [label] * repeats
         return ids_out, labels_out
 
-    def _cut(self, input_ids: list[int], labels: list[int], pictures: list[str]) -> Encoded:
+    def _cut(self, columns: Row, pictures: list[str]) -> Encoded:
         """Cuts text at max_length."""
-        if self.image_token_id in input_ids[self.max_length :]:
+        length = len(columns["input_ids"])
+        if self.image_token_id in columns["input_ids"][self.max_length :]:
             raise UnusableSampleError(
-                f"a picture's tokens end beyond max_length={self.max_length} (the sample has {len(input_ids)} tokens) "
+                f"a picture's tokens end beyond max_length={self.max_length} (the sample has {length} tokens) "
                 f"and may not be cut; raise max_length or move the picture to an earlier turn"
             )
-        kept = labels[: self.max_length]
-        if all(label == IGNORE_INDEX for label in kept):
+        kept = {name: values[: self.max_length] for name, values in columns.items()}
+        if all(label == IGNORE_INDEX for label in kept["labels"]):
             raise UnusableSampleError(
-                f"no answer begins within max_length={self.max_length} tokens (the sample has {len(input_ids)}); raise "
+                f"no answer begins within max_length={self.max_length} tokens (the sample has {length}); raise "
                 f"max_length or drop the sample"
             )
-        return Encoded(input_ids[: self.max_length], kept, pictures, max(0, len(input_ids) - self.max_length))
+        return Encoded(kept, pictures, max(0, length - self.max_length))
 
     def _read_pixels(self, names: list[str]) -> Tensor:
         paths = [self.picture_path(name) for name in names]

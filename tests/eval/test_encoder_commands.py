@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from eval.compare import compare
-from eval.encoder import load_encoder, weights_sha256
+from eval.encoder import load_encoder
 from eval.factors import main as factors_main
 from eval.imagenet import class_names
 from eval.imagenet_o import main as imagenet_o_main
@@ -18,6 +18,7 @@ from eval.report import main as report_main
 from eval.retrieval import main as retrieval_main
 from eval.templates import read_templates, templates
 from eval.zero_shot import main as zero_shot_main
+from vision_moe.files import weights_sha256
 
 COLORS = ["red", "green", "blue", "white"]
 
@@ -57,7 +58,7 @@ def test_retrieval_writes_every_metric_with_its_n(model_folder, shards, tmp_path
     written = json.loads(output.read_text())
     assert (written["result"]["num_images"], written["result"]["num_captions"]) == (4, 8)
     assert set(written["result"]["image_to_text"]) == {"R@1", "R@5", "R@10"}
-    assert written["model"]["weights_sha256"] == weights_sha256(str(model_folder))
+    assert written["model"]["weights_sha256"] == weights_sha256(model_folder)
     assert "| image to text |" in capsys.readouterr().out
     assert written["result"]["image_to_text_interval"]["R@1"][0] <= written["result"]["image_to_text"]["R@1"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["retrieval.json", "retrieval.samples.safetensors"]
@@ -203,4 +204,4 @@ def test_a_vision_tower_alone_is_refused(model_folder, tmp_path):
 
 def test_the_fingerprint_is_the_hash_of_the_weights(model_folder):
     expected = hashlib.sha256((model_folder / "model.safetensors").read_bytes()).hexdigest()
-    assert weights_sha256(str(model_folder)) == expected
+    assert weights_sha256(model_folder) == expected

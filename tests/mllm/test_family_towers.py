@@ -1,5 +1,6 @@
 """Image towers other than CLIP's inside a LLaVA: which hidden state it sees, how many tokens, folders."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     Dinov2Config,
     Dinov2Model,
     LlamaForCausalLM,
@@ -21,7 +25,8 @@ from transformers import (
 
 from mllm.assemble import build_llava, save
 from mllm.model import LlavaMoEForConditionalGeneration
-from mllm.tower import load_tower
+from mllm.tower import load_tower, resolve_tower
+from vision_moe.convert.open_clip import to_open_clip
 from vision_moe.model import (
     Dinov2MoEConfig,
     Dinov2MoEModel,
@@ -91,6 +96,36 @@ def test_a_llava_sees_one_token_for_each_patch(
     again = LlavaMoEForConditionalGeneration.from_pretrained(tmp_path / "llava").eval()
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, logits)
+
+
+def test_an_open_clip_folder_is_a_tower(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1}
+    text = {**sizes, "vocab_size": 40, "max_position_embeddings": 24, "bos_token_id": 38, "eos_token_id": 39}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=32)).eval()
+    folder = tmp_path / "open_clip"
+    folder.mkdir()
+    save_file(to_open_clip(clip), folder / "open_clip_model.safetensors")
+    model = {
+        "embed_dim": 32,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 16, "layers": 2, "width": 64, "patch_size": 8},
+        "text_cfg": {"context_length": 24, "vocab_size": 40, "width": 64, "heads": 1, "layers": 2},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    tower = load_tower(resolve_tower(str(folder), tmp_path / "converted"), -1, torch.float32)
+    pixel_values = torch.randn(2, 3, 16, 16)
+    expected = clip.vision_model(pixel_values).last_hidden_state
+    torch.testing.assert_close(tower(pixel_values).last_hidden_state, expected)
+    # A second run takes what is there.
+    (folder / "open_clip_model.safetensors").unlink()
+    assert resolve_tower(str(folder), tmp_path / "converted") == str(tmp_path / "converted")
+
+
+@pytest.mark.parametrize("name", ["openai/clip-vit-base-patch32", "no/such/folder/here"])
+def test_other_names_of_towers_are_left_to_from_pretrained(name: str, tmp_path: Path) -> None:
+    assert resolve_tower(name, tmp_path / "converted") == name
 
 
 def test_a_tower_of_pictures_of_any_shape_is_refused(tmp_path: Path) -> None:

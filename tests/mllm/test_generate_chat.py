@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import vision_moe.kernels.interface
 from mllm.assemble import assemble
 from mllm.collate import LlavaCollator
 from mllm.data import LlavaDataset
+from mllm.feature_cache import FeatureCache
 from mllm.generate import load
 
 ASK = [{"role": "user", "content": "Is there a dog?"}]
@@ -155,7 +157,38 @@ def test_features_of_a_picture_stand_for_the_picture(make_chat: Any, picture: Im
     assert [tuple(one.shape) for one in features] == [(16, 32)] * 2
     for images in ([features[0], other], features):
         assert chat.generate(messages, images, max_new_tokens=8) == expected
-    assert len(passes) == 2
+    # The other picture is one that was asked about already.
+    assert len(passes) == 1
+
+
+def test_the_tower_sees_each_picture_of_a_conversation_once(make_chat: Any, picture: Image.Image) -> None:
+    chat = make_chat()
+    seen = []
+    chat.model.model.vision_tower.register_forward_hook(lambda module, inputs, output: seen.append(len(output[0])))
+    first = chat.generate(ASK, [picture], max_new_tokens=4)
+    later = [*ASK, {"role": "assistant", "content": first}, {"role": "user", "content": "Is it red?"}]
+    answer = chat.generate(later, [picture.copy()], max_new_tokens=4)
+    assert list(chat.stream(later, [picture], max_new_tokens=4))[-1:] == ([answer] if answer else [])
+    assert seen == [1]
+    others = [picture.rotate(angle) for angle in (90, 180)]
+    chat.generate_batch([(ASK, [p]) for p in (picture, *others, others[0])], max_new_tokens=1)
+    assert seen == [1, 2]
+
+
+def test_only_the_last_pictures_are_kept() -> None:
+    asked: list[int] = []
+    pictures = [Image.new("RGB", (2, 2), (number, 0, 0)) for number in range(3)]
+
+    def compute(unknown: Any) -> list[torch.Tensor]:
+        asked.extend(picture.getpixel((0, 0))[0] for picture in unknown)
+        return [torch.tensor(picture.getpixel((0, 0))[0]) for picture in unknown]
+
+    cache = FeatureCache(compute, size=2)
+    assert [int(value) for value in cache([pictures[0], pictures[1], pictures[0]])] == [0, 1, 0]
+    # Asking for 1 again makes it the newest, so that 2 throws out 0.
+    for number in (1, 2, 1, 0):
+        assert [int(value) for value in cache([pictures[number]])] == [number]
+    assert asked == [0, 1, 2, 0]
 
 
 def test_every_beam_reads_several_pictures_in_their_order(make_chat: Any, picture: Image.Image) -> None:
@@ -183,6 +216,17 @@ def test_router_logits_are_those_of_the_tower(make_chat: Any, picture: Image.Ima
     pixel_values = chat.processor.image_processor(images=picture, return_tensors="pt")["pixel_values"]
     outputs = chat.model.model.vision_tower(pixel_values, output_router_logits=True)
     assert all(torch.equal(a, b[0]) for a, b in zip(logits, outputs.router_logits, strict=True))
+
+
+def test_the_tower_computes_its_experts_by_the_kernels(make_chat: Any, picture: Image.Image, monkeypatch: Any) -> None:
+    chat = make_chat("moe")
+    calls = []
+    routed_mlp = vision_moe.kernels.interface.routed_mlp
+    monkeypatch.setattr(
+        vision_moe.kernels.interface, "routed_mlp", lambda *args, **kw: calls.append(1) or routed_mlp(*args, **kw)
+    )
+    chat.image_features([picture])
+    assert len(calls) == len(chat.model.config.vision_config.moe_block_indices)
 
 
 def test_a_dense_tower_has_no_router_logits(make_chat: Any, picture: Image.Image) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import mllm.data.dataset
 from mllm.assemble import build_llava
 from mllm.collate import BranchedCollator, LlavaCollator
+from mllm.conversation import encode
 from mllm.data import LlavaDataset
 from mllm.recipe import LlavaConfig, StageConfig
 
@@ -90,6 +92,49 @@ def test_the_picture_comes_once_and_branches_count_on_from_it(
     assert set(sample["labels"][:trunk]) == {-100}
     cut = data(independent_turns=True, max_length=starts[1] + 1)[0]
     assert {len(cut[name]) for name in ("input_ids", "labels", "position_ids", "segments")} == {starts[1] + 1}
+
+
+def test_every_question_is_tokenised_once(
+    dialogue_and_parts: tuple[Callable[..., LlavaDataset], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = dialogue_and_parts
+    calls = []
+    monkeypatch.setattr(mllm.data.dataset, "encode", lambda *args, **kw: calls.append(args) or encode(*args, **kw))
+    assert len(data(independent_turns=True)[0]["labels"]) > 0
+    assert len(calls) == len(QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (("<image>\nRed?", "Yes.", "Blue?"), "ends with a human turn"),
+        (("Red?", "Yes."), "<image> in 0 questions"),
+        (("<image>\nRed?", "Yes.", "<image>\nBlue?", "No."), "<image> in 2 questions"),
+        (("<image>\nRed?", "<image> Yes."), "an answer contains <image>"),
+        (("<image>\nRed?", "", "Blue?", ""), "every answer is empty"),
+    ],
+)
+def test_a_dialogue_that_has_no_place_for_its_picture_is_an_error(
+    dialogue_and_parts: tuple[Callable[..., LlavaDataset], PreTrainedModel],
+    write_llava: Callable[..., tuple[Path, Path]],
+    texts: tuple[str, ...],
+    message: str,
+) -> None:
+    data, _ = dialogue_and_parts
+    write_llava([{"id": "x", "image": "a.png", "conversations": turns(*texts)}])
+    with pytest.raises(ValueError, match=f"sample 'x'.*{message}"):
+        data(independent_turns=True)[0]
+
+
+def test_a_question_without_an_answer_is_left_out(
+    dialogue_and_parts: tuple[Callable[..., LlavaDataset], PreTrainedModel],
+    write_llava: Callable[..., tuple[Path, Path]],
+) -> None:
+    data, _ = dialogue_and_parts
+    dialogue = turns("<image>\nIs there a red dog?", "No.", "What is it?", "", "Is it?", "Yes.")
+    write_llava([{"image": "a.png", "conversations": part} for part in (dialogue, [*dialogue[:2], *dialogue[4:]])])
+    samples = data(independent_turns=True)
+    assert samples[0]["input_ids"] == samples[1]["input_ids"]
 
 
 @pytest.mark.parametrize(

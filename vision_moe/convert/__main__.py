@@ -25,7 +25,7 @@ from vision_moe.tracking import setup_logging
 
 logger = logging.getLogger(__name__)
 
-_CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+OPEN_CLIP_CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 class Source(NamedTuple):
@@ -114,8 +114,8 @@ def _read(src: str, num_experts_per_tok: int | None, open_clip_name: str | None)
             return Source(from_official(state, num_experts_per_tok))
         assert open_clip_name is not None
         return Source(from_state(state, architecture(_packaged_config(open_clip_name))))
-    if (path / _CONFIG).is_file():
-        settings = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+    if (path / OPEN_CLIP_CONFIG).is_file():
+        settings = json.loads((path / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
         found = architecture(settings["model_cfg"])
         return Source(from_state(read_state(path / _WEIGHTS), found), preprocess=settings.get("preprocess_cfg"))
     model = AutoModel.from_pretrained(src)

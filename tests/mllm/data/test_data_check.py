@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def test_good_data_are_counted_and_ready(make_recipe: Any, capsys: pytest.Captur
     assert "pictures: 2, 0 missing, 0 broken" in out
     assert "ready" in out
     assert "NOT" not in out
+
+
+def test_independent_turns_are_counted_and_shown_as_they_train(
+    make_recipe: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {**GOOD, "conversations": [ASK, YES, {"from": "human", "value": "Is it red?"}, YES] * 4}
+    long["conversations"][4::4] = [{"from": "human", "value": "Is it a cube?"}] * 3
+    config = make_recipe(long, show=1, color="never")
+    check(config)
+    together = capsys.readouterr().out
+    check(replace(config, finetune=replace(config.finetune, independent_turns=True)))
+    apart = capsys.readouterr().out
+    assert "\n|" not in together
+    assert apart.count("\n|") == 8
+    assert apart.count("<image x 64>") == 1
+    assert apart.count("[[ Yes.</s>]]") == together.count("[[ Yes.</s>]]") == 8
 
 
 def test_supervised_tokens_are_set_off_from_the_rest(make_recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mllm.stages
-from mllm.adapter import fingerprint, read_info
+from mllm.adapter import read_info
 from mllm.deepspeed_setup import deepspeed_config
 from mllm.lora import add_lora
 from mllm.merge import main as merge
@@ -22,6 +22,7 @@ from mllm.pretrained import load_model, load_processor
 from mllm.quantization import accept_own_state, quantization_config
 from mllm.recipe import LoraSettings, StageConfig
 from mllm.train import run
+from vision_moe.files import weights_sha256
 
 LAYERS = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
 
@@ -170,7 +171,7 @@ def test_merge_into_shards_is_the_merge_into_one_file(lora_run, tmp_path):
     adapter = tmp_path / "adapter"
     shutil.copytree(lora_run / "adapter", adapter)
     info = json.loads((adapter / "llava_adapter.json").read_text())
-    info |= {"base": str(base), "base_fingerprint": fingerprint(base)}
+    info |= {"base": str(base), "base_fingerprint": weights_sha256(base)}
     (adapter / "llava_adapter.json").write_text(json.dumps(info))
     merge(["--adapter", str(adapter), "--out", str(tmp_path / "merged")])
     got = load_model(tmp_path / "merged", device="cpu").state_dict()

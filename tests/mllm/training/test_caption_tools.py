@@ -51,6 +51,24 @@ def test_each_readable_photo_comes_once_in_both_lists_with_different_captions(sh
     assert "val-0000.tar/key2" in caplog.text
 
 
+def test_matching_questions_come_alone_and_behind_the_caption(shards, tmp_path):
+    out = tmp_path / "out"
+    convert(ConversionConfig(data=shards, out=out, split="val", matching=2))
+    lists = {
+        name: [sample["conversations"] for sample in json.loads((out / f"llava_{name}.json").read_text())]
+        for name in ("pretrain", "finetune", "matching", "mixed")
+    }
+    for told, asked, mixed in zip(lists["finetune"], lists["matching"], lists["mixed"], strict=True):
+        assert asked[0]["value"].startswith("<image>\n")
+        assert mixed == [*told, {**asked[0], "value": asked[0]["value"].removeprefix("<image>\n")}, *asked[1:]]
+        assert sorted(turn["value"] for turn in asked[1::2]) == ["No", "Yes"]
+    # The third caption of three: the other two are told.
+    (right,) = (q["value"] for q, a in zip(*[iter(lists["matching"][0])] * 2, strict=True) if a["value"] == "Yes")
+    assert right.split('"')[1] not in {lists[name][0][1]["value"] for name in ("pretrain", "finetune")}
+    with pytest.raises(ValueError, match="even number"):
+        ConversionConfig(data=shards, out=out, matching=1)
+
+
 def test_caption_loss_is_the_models_own_loss_and_blank_pictures_make_the_other(tiny_parts, dialogues, tmp_path):
     model = assemble(tiny_parts["vision"], tiny_parts["llm"], None, tmp_path / "model")
     config = CaptionLossConfig(

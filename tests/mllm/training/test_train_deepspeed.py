@@ -1,5 +1,6 @@
 """The trainer under DeepSpeed on two CPU ranks: same result as one plain process, and kill -9 changes nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils import z3_leaf_module
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 import mllm.recipe
+from mllm.deepspeed_setup import keep_blocks_whole
 from mllm.train import run
 from vision_moe.config import write_yaml
+from vision_moe.moe.layer import MoEMLP
 
 _TIMEOUT_S = 400
 
@@ -89,6 +94,22 @@ def test_zero2_on_two_ranks_equals_one_process_and_survives_kill_9_in_each_stage
 
 def test_zero3_on_two_ranks_equals_one_process(unbroken, make_config, tmp_path):
     _assert_equals_one_process(unbroken("zero3"), make_config, tmp_path)
+    # Its preflight put the weights together, and took them apart again.
+    log = (tmp_path / "zero3.log").read_text()
+    assert log.count("preflight: forward and backward are as they must be") >= 2
+    assert "left out" not in log
+
+
+def test_a_block_of_experts_is_fetched_whole(tiny_parts):
+    model = AutoModel.from_pretrained(tiny_parts["vision"])
+    keep_blocks_whole(model)
+    assert {type(module) for module in model.modules() if z3_leaf_module(module)} == {MoEMLP}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero2_offload", "zero3_offload"])
+def test_offload_on_two_ranks_equals_one_process(unbroken, make_config, tmp_path, deepspeed):
+    _assert_equals_one_process(unbroken(deepspeed), make_config, tmp_path)
 
 
 @pytest.mark.slow
@@ -130,8 +151,16 @@ def test_zero3_trains_lora_with_and_without_the_tower_in_bfloat16(unbroken, towe
     assert any(not torch.equal(before[name], after[name]) for name in after if "q_proj" in name)
 
 
+def _losses(folder: Path) -> list[float]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
 def _assert_equals_one_process(config, make_config, tmp_path: Path) -> None:
     plain = run(make_config(tmp_path / "plain"))
+    losses, expected_losses = _losses(config.output), _losses(tmp_path / "plain")
+    assert len(losses) == len(expected_losses) == 6
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
     expected, got = load_file(plain / "model.safetensors"), load_file(config.output / "model" / "model.safetensors")
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():

@@ -183,6 +183,45 @@ def test_unfrozen_tower_trains_and_its_aux_loss_is_logged(make_config, tmp_path)
     assert all("aux_loss" in m for m in metrics if m["stage"] == "finetune" and "loss" in m)
 
 
+def test_routers_and_experts_train_apart_from_the_tower_at_their_own_rates(make_config, tmp_path, monkeypatch):
+    rates = {}
+
+    def watched(trainer, *rest):
+        groups = trainer.create_optimizer().param_groups
+        names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+        rates.update({names[id(p)]: group["lr"] for group in groups for p in group["params"] if id(p) in names})
+        trainer.optimizer = None
+
+    monkeypatch.setattr(mllm.stages, "preflight", watched)
+    stage = {"llm": "frozen", "projector": "frozen", "routers": "full", "experts": "full"}
+    finetune = {**stage, "tower_lr": 1e-4, "router_lr": 1e-2}
+    config = make_config(tmp_path / "run", finetune=finetune)
+    model = run(config)
+    pretrained, finetuned = _weights(config.output / "pretrain" / "model"), _weights(model)
+    changed = {name for name in finetuned if not torch.equal(pretrained[name], finetuned[name])}
+    assert changed
+    assert all(".experts." in name or ".router." in name for name in changed)
+    assert {rate for name, rate in rates.items() if ".router." in name} == {1e-2}
+    assert {rate for name, rate in rates.items() if ".experts." in name} == {1e-4}
+    counts = json.loads((config.output / "finetune" / "stage.json").read_text())["parameters"]
+    assert {part: bool(count["trained"]) for part, count in counts.items()} == {
+        "projector": False,
+        "llm": False,
+        "tower": False,
+        "routers": True,
+        "experts": True,
+    }
+    metrics = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+    assert all("aux_loss" in m for m in metrics if m["stage"] == "finetune" and "loss" in m)
+
+
+def test_routers_of_a_dense_tower_are_refused(make_config, tmp_path):
+    config = make_config(tmp_path / "run", vision="scenes-clip", finetune={"enabled": False})
+    config = replace(config, pretrain=replace(config.pretrain, routers="full"))
+    with pytest.raises(ValueError, match="routers cannot train: the vision tower is dense"):
+        run(config)
+
+
 def test_pretrain_alone_leaves_a_model(make_config, tmp_path):
     config = make_config(tmp_path / "run", finetune={"enabled": False})
     assert (run(config) / "model.safetensors").is_file()

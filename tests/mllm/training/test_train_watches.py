@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import mllm.loss_watch
 import mllm.watchdog
 from mllm.loss_watch import LossWatch, NonFiniteLossError
 from mllm.sampler import DialogueBatchSampler
@@ -44,6 +45,19 @@ def test_the_message_names_the_samples_of_the_forward_and_of_the_step() -> None:
     assert "step 3, forward 2 of 2, is not finite: inf on rank 0" in message
     assert f"rank 0, samples {', '.join(forwards[5])}. " in message
     assert f"All samples of the step: {', '.join(forwards[4] + forwards[5])}." in message
+
+
+def test_the_first_of_several_is_named_and_ranks_talk_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    talks = []
+    monkeypatch.setattr(mllm.loss_watch, "gather", lambda losses: talks.append(losses.shape) or losses)
+    watch = LossWatch(DialogueBatchSampler(12, 4, 3, seed=3, accumulation=4), Names())
+    for loss in (1.0, torch.nan, 1.0):
+        watch.check(torch.tensor(loss), 1)
+    assert talks == []
+    with pytest.raises(NonFiniteLossError, match=r"step 2, forward 2 of 4, is not finite: nan on rank 0") as caught:
+        watch.check(torch.tensor(torch.inf), 1)
+    assert talks == [(1, 4)]
+    assert "inf on" not in str(caught.value)
 
 
 def test_a_run_stops_before_a_nan_reaches_its_weights(make_config: Any, tmp_path: Path) -> None:
