@@ -55,8 +55,16 @@ class ArmRun:
         return [self.folder(output) / stage / "model" for stage in stages]
 
 
-def train(run: ArmRun, recipe: Path, data: Path, output: Path, num_processes: int) -> None:
+def train(run: ArmRun, recipe: Path, flags: list[str], data: Path, output: Path, num_processes: int) -> None:
     """Runs an arm to its end; one that has ended is left alone.
+
+    Args:
+        run: the run.
+        recipe: of vision_moe.train.
+        flags: further flags, of every arm.
+        data: as --data.train.
+        output: folder of the experiment.
+        num_processes: of the training.
 
     Raises:
         RuntimeError: the training failed; its output stands in `train.log` of the run's folder.
@@ -67,8 +75,9 @@ def train(run: ArmRun, recipe: Path, data: Path, output: Path, num_processes: in
     folder.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", "vision_moe.train", str(recipe)]
-    command += [*run.arm.flags, "--data.train", str(data), "--output", str(folder), "--seed", str(run.seed)]
-    command += [f"--{run.arm.learning_rate}", str(run.learning_rate)]
+    command += [*flags, *run.arm.flags, "--data.train", str(data), "--output", str(folder), "--seed", str(run.seed)]
+    # What is measured is the experiment's matter.
+    command += [f"--{run.arm.learning_rate}", str(run.learning_rate), "--report", "false"]
     logger.info("%s", " ".join(command))
     with (folder / "train.log").open("a", encoding="utf-8") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 Variants = dict[str, list[str]]
 
 
-class _FirstPictures:
-    """The first `num` pictures of a data set."""
+class FirstPictures:
+    """The first `num` pictures of a data set, or all if it has fewer."""
 
     def __init__(self, dataset: PictureSet, num: int) -> None:
+        if num < 1:
+            raise ValueError(f"limit must be at least 1 (or None for all pictures), but got {num}")
         self._dataset = dataset
-        self._num = num
+        self._num = min(num, len(dataset))
 
     def __len__(self) -> int:
         return self._num
@@ -79,9 +81,7 @@ def factor_accuracy(
             or does not differ from the truth.
     """
     if limit is not None:
-        if limit < 1:
-            raise ValueError(f"limit must be at least 1 (or None for all pictures), but got {limit}")
-        dataset = _FirstPictures(dataset, min(limit, len(dataset)))
+        dataset = FirstPictures(dataset, limit)
     variants = read_variants(dataset)
     image_ND = embed_images(model, processor, dataset, batch_size=batch_size, autocast_dtype=autocast_dtype)
     hits = factor_hits(image_ND, variants, partial(embed_texts, model, processor, autocast_dtype=autocast_dtype))

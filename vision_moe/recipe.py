@@ -138,6 +138,8 @@ class OneTowerConfig:
     """Router losses over the text tokens alone."""
     entropy_losses: bool = True
     """False sets all entropy losses to 0: the control."""
+    local_router_losses: bool = False
+    """Router losses of each rank's own tokens, not of the global batch."""
 
 
 def _router_stage() -> StageConfig:
@@ -201,6 +203,8 @@ class TrainConfig:
     """bfloat16 autocast; weights stay float32."""
     feature_batch_size: int = 256
     """Pictures per forward when features are extracted."""
+    report: bool = True
+    """Measure every model at the end; False leaves that to other commands."""
     factor_pictures: int | None = None
     """Pictures of the per-factor table, where the data has factors; None takes all."""
     logging_steps: int = 10

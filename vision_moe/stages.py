@@ -183,7 +183,7 @@ class StageRunner:
                 f"the training set has {len(self.dataset)} pictures, fewer than one global batch of {batch}; "
                 f"lower global_batch_size"
             )
-        if stage.labels_N is None or self.config.clustering.random_batches:
+        if stage.labels_N is None:
             return EpochBatchSampler(len(self.dataset), batch, num_steps, seed, rank(), world_size())
         return ClusterBatchSampler(
             stage.labels_N,
