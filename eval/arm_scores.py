@@ -18,7 +18,7 @@ from eval.encoder import load_encoder
 from vision_moe.data.captions import open_captions
 from vision_moe.embedding import Pictures, PictureSet
 from vision_moe.embedding_cache import CachedEncoder
-from vision_moe.factors import FirstPictures, factor_hits, read_variants
+from vision_moe.factors import PictureSlice, factor_hits, read_variants
 from vision_moe.files import replacing
 from vision_moe.retrieval import WAYS, Embeddings, all_captions, hits_by_picture, ranks
 
@@ -37,8 +37,10 @@ class MeasureConfig:
     """Captions that count in retrieval."""
     factors: list[str] = field(default_factory=list)
     """Factors that count; all if empty."""
-    limit: int | None = None
-    """Ask about the first so many pictures; null = all."""
+    start: int = 0
+    """First picture that is asked about."""
+    stop: int | None = None
+    """The one after the last; null = all to the end."""
 
 
 class Hits(NamedTuple):
@@ -60,10 +62,14 @@ class Encoders:
         models: of one architecture.
         processor: of all of them.
         cache_dir: where the embeddings of each model are kept, so that an ensemble of measured models costs nothing.
+        bf16: bfloat16 autocast.
     """
 
-    def __init__(self, models: Sequence[PreTrainedModel], processor: Any, cache_dir: Path | None = None) -> None:
-        self._encoders = [CachedEncoder(model, processor, cache_dir) for model in models]
+    def __init__(
+        self, models: Sequence[PreTrainedModel], processor: Any, cache_dir: Path | None = None, bf16: bool = False
+    ) -> None:
+        dtype = torch.bfloat16 if bf16 else None
+        self._encoders = [CachedEncoder(model, processor, cache_dir, autocast_dtype=dtype) for model in models]
 
     def images(self, pictures: Pictures, fingerprint: str) -> NDArray[np.float32]:
         """Unit embeddings float32[N, D]."""
@@ -81,8 +87,8 @@ def measure(config: MeasureConfig, encoders: Encoders) -> Hits:
         ValueError: the pictures have no such factors.
     """
     dataset = open_captions(config.data, split=config.split, caption_field=config.caption_field)
-    pictures: PictureSet = dataset if config.limit is None else FirstPictures(dataset, config.limit)
-    image_ND = encoders.images(pictures, dataset.fingerprint)
+    pictures: PictureSet = PictureSlice(dataset, config.start, config.stop)
+    image_ND = encoders.images(pictures, f"{dataset.fingerprint}[{config.start}:{config.stop}]")
     if config.kind == "retrieval":
         texts, image_of_text_M = all_captions(pictures)
         found = ranks(Embeddings(image_ND, encoders.texts(texts), image_of_text_M))

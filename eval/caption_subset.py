@@ -3,8 +3,8 @@
     python -m eval.caption_subset --data FOLDER --split train --words dog dogs --holdout 200 --out outputs/dogs
     python -m eval.caption_subset --data FOLDER --split val --words dog dogs --out outputs/dogs
 
-writes shards of the same form: `{split}-0000.tar` with the pictures that the words name, `other_{split}-0000.tar` with the
-others, and with --holdout `held_{split}-0000.tar` with so many of the first, which are then left out of it.
+writes shards of the same form: `{split}-0000.tar` with the pictures that the words name, `other_{split}-0000.tar` with
+the others, and with --holdout `held_{split}-0000.tar` with so many of the first, which are then left out of it.
 """
 
 import argparse
@@ -73,7 +73,9 @@ def main(args: Sequence[str] | None = None) -> None:
     source = open_source(options.data, options.split, ReadConfig())
     named, others = split_pictures(source, options.words, options.at_least)
     if not 0 <= options.holdout < len(named):
-        parser.error(f"--holdout must be in [0, {len(named)}), the pictures that the words name, but is {options.holdout}")
+        parser.error(
+            f"--holdout must be in [0, {len(named)}), the pictures that the words name, but is {options.holdout}"
+        )
     held = sorted(np.random.default_rng(options.seed).permutation(named)[: options.holdout].tolist())
     parts = {options.split: sorted(set(named) - set(held)), f"other_{options.split}": others}
     for name, positions in {**parts, **({f"held_{options.split}": held} if held else {})}.items():

@@ -49,6 +49,8 @@ class ExperimentConfig:
     """The first is the sweep's."""
     num_processes: int = 1
     """Processes of each training run."""
+    bf16: bool = False
+    """Measure under bfloat16 autocast, as the recipes do at their end."""
 
     def __post_init__(self) -> None:
         if self.baseline not in self.arms:
@@ -61,11 +63,6 @@ class ExperimentConfig:
         for pair in self.contrasts:
             if len(pair) != 2 or not set(pair) <= rows:
                 raise ValueError(f"contrasts must be pairs of the rows {sorted(rows)}, but got {pair}")
-
-    @property
-    def reported(self) -> list[str]:
-        """Measures of the report: all but the one that the learning rate is chosen by, unless it is the only one."""
-        return [name for name in self.measures if name != self.select] or [self.select]
 
 
 def main() -> None:
@@ -92,7 +89,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
             rows,
             config.baseline,
             config.contrasts,
-            {name: part_names(config.measures[name]) for name in config.reported},
+            {name: part_names(config.measures[name]) for name in _reported(config)},
         ),
         "environment": environment(),
     }
@@ -123,6 +120,11 @@ def _best_rate(config: ExperimentConfig, name: str) -> float:
     return best
 
 
+def _reported(config: ExperimentConfig) -> list[str]:
+    """Measures of the report: all but the one that the learning rate is chosen by, unless it is the only one."""
+    return [name for name in config.measures if name != config.select] or [config.select]
+
+
 def _row_names(name: str, arm: ArmConfig) -> list[str]:
     """The arm's rows: itself, and what can be made of its experts; see `_rows`."""
     made = [f"{name}: {what}" for what in ("best expert alone", "soup", "ensemble", "oracle")]
@@ -134,7 +136,7 @@ def _rows(config: ExperimentConfig, run: ArmRun) -> dict[str, dict[str, Hits]]:
     asked = partial(_measured, config, run)
     result, members = run.model(config.output), run.members(config.output)
     rows: dict[str, dict[str, Hits]] = {}
-    for name in config.reported:
+    for name in _reported(config):
         found = [asked("result", name, [result])]
         if members:
             alone = [asked(folder.parent.name, name, [folder]) for folder in members]
@@ -155,7 +157,7 @@ def _measured(config: ExperimentConfig, run: ArmRun, what: str, name: str, folde
     def compute() -> Hits:
         models, processor = load_all(folders)
         models = [soup(models)] if what == "soup" else models
-        return measure(config.measures[name], Encoders(models, processor, config.output / "embeddings"))
+        return measure(config.measures[name], Encoders(models, processor, config.output / "embeddings", config.bf16))
 
     home = config.output if what == "start" else run.folder(config.output)
     return cached(home / "hits" / f"{what}-{name}.safetensors", compute)

@@ -215,8 +215,8 @@ class TrainConfig:
     """Trackers that get every entry of metrics.jsonl as well: tensorboard, wandb, trackio (docs/training.md)."""
     seed: int = 0
     """Seed of everything: weights, captions, batches, k-means, routers."""
-    deepspeed: Path | None = None
-    """DeepSpeed JSON for the stages."""
+    deepspeed: str | None = None
+    """DeepSpeed for the stages: zero1, zero2, zero3, or a JSON file (vision_moe.zero)."""
 
     def __post_init__(self) -> None:
         if self.moe.num_experts_per_tok > self.moe.num_experts:
@@ -246,3 +246,16 @@ class TrainConfig:
                 f"{', '.join(found)} cannot run under DeepSpeed, which spreads the weights over the processes and "
                 "steps after every backward pass; set them to null, or deepspeed to null"
             )
+        muon = [name for name in self._used_stages() if stages[name].optimizer == "muon"]
+        if muon:
+            raise ValueError(
+                f"Muon needs whole matrices, which DeepSpeed spreads over the processes: set {muon[0]}.optimizer to "
+                "adamw, or deepspeed to null"
+            )
+
+    def _used_stages(self) -> list[str]:
+        """Fields of the stages that the methods run."""
+        of = {"dmu": ["mcl", "router"]}
+        start = ["align", "dense"] if self.model is None and set(self.methods) != {"limoe"} else []
+        used = [*start, *(name for method in self.methods for name in of.get(method, [method]))]
+        return [name for name in dict.fromkeys(used) if getattr(self, name) is not None]

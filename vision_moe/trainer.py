@@ -23,6 +23,7 @@ from vision_moe.routing_metrics import RoutingMetrics
 from vision_moe.sampled_trainer import SampledTrainer
 from vision_moe.stage_recipe import StageConfig
 from vision_moe.trackers import run_name
+from vision_moe.zero import deepspeed_settings
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,8 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path, nu
         max_grad_norm=stage.max_grad_norm,
         lr_scheduler_type=stage.schedule,
         warmup_steps=_warmup(stage.warmup_steps, num_steps),
-        bf16=config.bf16,
+        # Under DeepSpeed its settings say it.
+        bf16=config.bf16 and config.deepspeed is None,
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         logging_steps=config.logging_steps,
@@ -191,7 +193,7 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path, nu
         run_name=run_name(folder),
         disable_tqdm=not sys.stderr.isatty(),
         ddp_find_unused_parameters=False,
-        deepspeed=None if config.deepspeed is None else str(config.deepspeed),
+        deepspeed=None if config.deepspeed is None else deepspeed_settings(config.deepspeed, bf16=config.bf16),
     )
 
 

@@ -116,7 +116,9 @@ def mixture_gradients(kind: str, model: PreTrainedModel, inputs: dict[str, torch
     """Both losses and every gradient of a mixture under DDP, of this rank's two pairs."""
     own = slice(rank() * 2, rank() * 2 + 2)
     batch = {name: inputs[name][own] for name in ("input_ids", "attention_mask", "pixel_values")}
-    outputs = DistributedDataParallel(model.train())(**batch)
+    # Held, as its hooks go with it.
+    wrapped = DistributedDataParallel(model.train())
+    outputs = wrapped(**batch)
     contrastive = contrastive_loss(outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp())
     (contrastive + outputs.aux_loss).backward()
     found = {"contrastive": contrastive.detach(), "aux": outputs.aux_loss.detach()}
