@@ -8,6 +8,7 @@ from vision_moe.data.read_config import DataFormat, ReadConfig
 from vision_moe.moe.losses import AuxLossWeights
 from vision_moe.moe_recipe import Layers, MoEConfig
 from vision_moe.stage_recipe import StageConfig, Tracker
+from vision_moe.zero import check_recipe
 
 Method = Literal["dense", "direct", "sparse_upcycling", "dmu", "limoe"]
 
@@ -231,31 +232,4 @@ class TrainConfig:
         if not self.methods:
             raise ValueError("methods is empty; name at least one of dense, direct, sparse_upcycling, dmu, limoe")
         if self.deepspeed is not None:
-            self._refuse_under_deepspeed()
-
-    def _refuse_under_deepspeed(self) -> None:
-        stages = {name: stage for name, stage in vars(self).items() if isinstance(stage, StageConfig)}
-        found = [
-            f"{name}.{field}"
-            for name, stage in stages.items()
-            for field in ("ema_decay", "grad_cache_batch_size")
-            if getattr(stage, field) is not None
-        ]
-        if found:
-            raise ValueError(
-                f"{', '.join(found)} cannot run under DeepSpeed, which spreads the weights over the processes and "
-                "steps after every backward pass; set them to null, or deepspeed to null"
-            )
-        muon = [name for name in self._used_stages() if stages[name].optimizer == "muon"]
-        if muon:
-            raise ValueError(
-                f"Muon needs whole matrices, which DeepSpeed spreads over the processes: set {muon[0]}.optimizer to "
-                "adamw, or deepspeed to null"
-            )
-
-    def _used_stages(self) -> list[str]:
-        """Fields of the stages that the methods run."""
-        of = {"dmu": ["mcl", "router"]}
-        start = ["align", "dense"] if self.model is None and set(self.methods) != {"limoe"} else []
-        used = [*start, *(name for method in self.methods for name in of.get(method, [method]))]
-        return [name for name in dict.fromkeys(used) if getattr(self, name) is not None]
+            check_recipe(self)

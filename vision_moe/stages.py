@@ -34,7 +34,7 @@ from vision_moe.trackers import tracker_callbacks
 from vision_moe.tracking import MetricsCallback
 from vision_moe.trainer import ContrastiveTrainer, training_arguments
 from vision_moe.training_data import TrainingData
-from vision_moe.zero import scalars_as_vectors
+from vision_moe.zero import gathered_state, scalars_as_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,9 @@ class StageRunner:
         batches = sampler.report() if isinstance(sampler, ClusterBatchSampler) else None
         summary = {"cluster_batches": batches, "stream": None if loader is None else _stream_report(loader, trainer)}
         seconds = time.monotonic() - start
-        self._save(stage, trainer, scalars)
+        state = None if self.config.deepspeed is None else gathered_state(trainer, scalars)
+        if is_main():
+            self.save(trainer.accelerator.unwrap_model(trainer.model), self.model_folder(stage.name), state)
         self._finish(stage, num_steps, seconds, resumed=bool(checkpoint), more=summary)
         # Under ZeRO-3 the next model would be split over the ranks as it is loaded, while these arguments live.
         del trainer, model
@@ -148,16 +150,6 @@ class StageRunner:
             # Last: it lists what the others have written.
             CheckpointMarker(),
         ]
-
-    def _save(self, stage: Stage, trainer: ContrastiveTrainer, scalars: list[str]) -> None:
-        """Writes the stage's model; `scalars`: parameters that are vectors under DeepSpeed."""
-        state = None
-        if self.config.deepspeed is not None:
-            # All ranks take part: ZeRO-3 gathers every weight.
-            state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-            state = state and {name: x.reshape(()) if name in scalars else x for name, x in state.items()}
-        if is_main():
-            self.save(trainer.accelerator.unwrap_model(trainer.model), self.model_folder(stage.name), state)
 
     def _finish(self, stage: Stage, num_steps: int, seconds: float, *, resumed: bool, more: dict[str, Any]) -> None:
         folder = self.folder(stage.name)

@@ -66,6 +66,8 @@ class ContrastiveTrainer(SampledTrainer):
         self.label_smoothing = label_smoothing
         self.groups_N = groups_N
         self.grad_cache_batch_size = grad_cache_batch_size
+        if self.is_deepspeed_enabled:
+            self.model.register_forward_hook(_with_temperature)
         self._terms: dict[str, list[Tensor]] = {}
         self._routing = RoutingMetrics()
         # The loss is a mean over the global batch already: the Trainer must not divide it by accumulation steps.
@@ -112,7 +114,8 @@ class ContrastiveTrainer(SampledTrainer):
         outputs = model(**inputs)
         unwrapped = self.accelerator.unwrap_model(model)
         embeds = outputs.image_embeds, outputs.text_embeds
-        contrastive = self._contrastive_loss(*embeds, *self._temperature(unwrapped), groups_B=groups_B)
+        temperature = self._temperature(outputs if self.is_deepspeed_enabled else unwrapped)
+        contrastive = self._contrastive_loss(*embeds, *temperature, groups_B=groups_B)
         self._observe(unwrapped, outputs)
         loss = self._total(contrastive, getattr(outputs, "aux_loss", None))
         return (loss, outputs) if return_outputs else loss
@@ -120,9 +123,9 @@ class ContrastiveTrainer(SampledTrainer):
     def _groups(self, index_B: Tensor) -> Tensor | None:
         return None if self.groups_N is None else self.groups_N[index_B.cpu()].to(self.args.device)
 
-    def _temperature(self, model: nn.Module) -> tuple[Tensor, ...]:
+    def _temperature(self, holder: Any) -> tuple[Tensor, ...]:
         """What the contrastive loss reads beside the embeddings."""
-        return (model.logit_scale, model.logit_bias) if self.pairwise else (model.logit_scale,)
+        return (holder.logit_scale, holder.logit_bias) if self.pairwise else (holder.logit_scale,)
 
     def _contrastive_loss(self, image_BD: Tensor, text_BD: Tensor, *temperature: Tensor, groups_B: Any) -> Tensor:
         scale, *bias = temperature
@@ -158,6 +161,14 @@ class ContrastiveTrainer(SampledTrainer):
 
     def _record(self, name: str, value: Tensor) -> None:
         self._terms.setdefault(name, []).append(value.detach().float())
+
+
+def _with_temperature(model: nn.Module, args: Any, outputs: Any) -> None:
+    """A forward hook: puts scale and bias of the logits into the outputs, as ZeRO-3 takes all parameters apart then."""
+    for name in ("logit_scale", "logit_bias"):
+        parameter = getattr(model, name, None)
+        if parameter is not None:
+            outputs[name] = parameter.clone()
 
 
 def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path, num_steps: int) -> TrainingArguments:

@@ -3,13 +3,51 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from vision_moe.stage_recipe import StageConfig
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 _FOLDER = Path(__file__).parent
 NAMES = ("zero1", "zero2", "zero3")
+
+
+def check_recipe(config: Any) -> None:
+    """Refuses what DeepSpeed cannot do.
+
+    Args:
+        config: a `vision_moe.recipe.TrainConfig`.
+
+    Raises:
+        ValueError: a stage that runs has averaged weights, a gradient cache or Muon.
+    """
+    stages = {name: stage for name, stage in vars(config).items() if isinstance(stage, StageConfig)}
+    found = [
+        f"{name}.{field}"
+        for name, stage in stages.items()
+        for field in ("ema_decay", "grad_cache_batch_size")
+        if getattr(stage, field) is not None
+    ]
+    if found:
+        raise ValueError(
+            f"{', '.join(found)} cannot run under DeepSpeed, which spreads the weights over the processes and "
+            "steps after every backward pass; set them to null, or deepspeed to null"
+        )
+    parts = {"dmu": ("mcl", "router")}
+    has_start = config.model is None and set(config.methods) != {"limoe"}
+    run = {"align", "dense"} if has_start else set()
+    run |= {part for method in config.methods for part in parts.get(method, (method,))}
+    muon = [f"{name}.optimizer" for name, stage in stages.items() if name in run and stage.optimizer == "muon"]
+    if muon:
+        raise ValueError(
+            f"Muon needs whole matrices, which DeepSpeed spreads over the processes: set {', '.join(muon)} to adamw, "
+            "or deepspeed to null"
+        )
 
 
 def deepspeed_settings(name: str, *, bf16: bool) -> dict[str, Any]:
@@ -58,3 +96,14 @@ def scalars_as_vectors(model: nn.Module) -> list[str]:
         scalar = model.get_parameter(name)
         setattr(model, name, nn.Parameter(scalar.detach().reshape(1), requires_grad=scalar.requires_grad))
     return names
+
+
+def gathered_state(trainer: "Trainer", scalars: list[str]) -> dict[str, Tensor] | None:
+    """All weights of a model that DeepSpeed trains, on rank 0; every rank must call it, as ZeRO-3 gathers them.
+
+    Args:
+        trainer: after its training.
+        scalars: names that `scalars_as_vectors` gave.
+    """
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return state and {name: x.reshape(()) if name in scalars else x for name, x in state.items()}
