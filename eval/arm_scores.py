@@ -3,7 +3,7 @@
 R parts of a measure (two directions of retrieval, or the factors), N pictures, D embedding dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import stdev
@@ -16,12 +16,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel
 
 from eval.encoder import load_encoder
-from vision_moe.data.captions import CaptionDataset, open_captions
-from vision_moe.embedding import embed_images, embed_texts
-from vision_moe.factors import factor_hits, read_variants
+from vision_moe.data.captions import open_captions
+from vision_moe.embedding import Pictures, PictureSet
+from vision_moe.embedding_cache import CachedEncoder
+from vision_moe.factors import PictureSlice, factor_hits, read_variants
 from vision_moe.files import replacing
 from vision_moe.intervals import bootstrap_ratio_interval
-from vision_moe.retrieval import Embeddings, all_captions, hits_by_picture, ranks
+from vision_moe.retrieval import WAYS, Embeddings, all_captions, hits_by_picture, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class MeasureConfig:
     """Captions that count in retrieval."""
     factors: list[str] = field(default_factory=list)
     """Factors that count; all if empty."""
+    start: int = 0
+    """First picture that is asked about."""
+    stop: int | None = None
+    """The one after the last; null = all to the end."""
 
 
 class Hits(NamedTuple):
@@ -53,19 +58,28 @@ class Hits(NamedTuple):
 
 
 class Encoders:
-    """One encoder, or several whose unit embeddings are averaged."""
+    """One encoder, or several whose unit embeddings are averaged.
 
-    def __init__(self, models: Sequence[PreTrainedModel], processor: Any) -> None:
-        self._models = models
-        self._processor = processor
+    Args:
+        models: of one architecture.
+        processor: of all of them.
+        cache_dir: where the embeddings of each model are kept, so that an ensemble of measured models costs nothing.
+        bf16: bfloat16 autocast.
+    """
 
-    def images(self, dataset: CaptionDataset) -> NDArray[np.float32]:
+    def __init__(
+        self, models: Sequence[PreTrainedModel], processor: Any, cache_dir: Path | None = None, bf16: bool = False
+    ) -> None:
+        dtype = torch.bfloat16 if bf16 else None
+        self._encoders = [CachedEncoder(model, processor, cache_dir, autocast_dtype=dtype) for model in models]
+
+    def images(self, pictures: Pictures, fingerprint: str) -> NDArray[np.float32]:
         """Unit embeddings float32[N, D]."""
-        return _mean_direction([embed_images(model, self._processor, dataset) for model in self._models])
+        return _mean_direction([encoder.images(pictures, fingerprint) for encoder in self._encoders])
 
     def texts(self, texts: list[str]) -> NDArray[np.float32]:
         """Unit embeddings float32[len(texts), D]."""
-        return _mean_direction([embed_texts(model, self._processor, texts) for model in self._models])
+        return _mean_direction([encoder.texts(texts) for encoder in self._encoders])
 
 
 def measure(config: MeasureConfig, encoders: Encoders) -> Hits:
@@ -75,8 +89,28 @@ def measure(config: MeasureConfig, encoders: Encoders) -> Hits:
         ValueError: the pictures have no such factors.
     """
     dataset = open_captions(config.data, split=config.split, caption_field=config.caption_field)
-    image_ND = encoders.images(dataset)
-    return (_retrieval if config.kind == "retrieval" else _factors)(config, encoders, dataset, image_ND)
+    pictures: PictureSet = PictureSlice(dataset, config.start, config.stop)
+    image_ND = encoders.images(pictures, f"{dataset.fingerprint}[{config.start}:{config.stop}]")
+    if config.kind == "retrieval":
+        texts, image_of_text_M = all_captions(pictures)
+        found = ranks(Embeddings(image_ND, encoders.texts(texts), image_of_text_M))
+        return Hits(*hits_by_picture(found, image_of_text_M, 1))
+    return _factors(part_names(config), read_variants(pictures), image_ND, encoders)
+
+
+def part_names(config: MeasureConfig) -> list[str]:
+    """Names of the R parts of a measure: both ways of retrieval, or the factors.
+
+    Raises:
+        ValueError: the pictures have no such factors.
+    """
+    if config.kind == "retrieval":
+        return [way.replace("_", " ") for way in WAYS]
+    dataset = open_captions(config.data, split=config.split, caption_field=config.caption_field)
+    known = sorted({factor for of in read_variants(dataset) for factor in of})
+    if missing := set(config.factors) - set(known):
+        raise ValueError(f"{config.data}, split {config.split!r}, has no variants of {sorted(missing)}; it has {known}")
+    return list(config.factors) or known
 
 
 def cached(file: Path, compute: Callable[[], Hits]) -> Hits:
@@ -98,19 +132,28 @@ def mean_of(found: Sequence[Hits]) -> Hits:
     return Hits(np.mean([of.hits for of in found], axis=0), found[0].questions)
 
 
-def summary(found: Sequence[Hits], baseline: Sequence[Hits]) -> dict[str, float | list[float] | None]:
-    """Scores over the seeds, and the difference to the baseline's, paired picture by picture.
+def difference(found: Sequence[Hits], other: Sequence[Hits]) -> dict[str, Any]:
+    """What the first have above the others, each a mean over its seeds, paired picture by picture.
 
     Returns:
-        "mean", "deviation" (None of one seed), "difference" and its 95 % "interval" (bootstrap over pictures).
+        "difference" and its 95 % "interval" (bootstrap over pictures).
     """
-    mean, other = mean_of(found), mean_of(baseline)
+    a, b = mean_of(found), mean_of(other)
+    interval = bootstrap_ratio_interval(a.hits - b.hits, a.questions, seed=0)
+    return {"difference": a.score - b.score, "interval": list(interval)}
+
+
+def summary(found: Sequence[Hits], baseline: Sequence[Hits]) -> dict[str, Any]:
+    """Scores over the seeds, and the `difference` to the baseline's.
+
+    Returns:
+        "mean", "deviation" (None of one seed), "difference" and "interval".
+    """
     scores = [hits.score for hits in found]
     return {
-        "mean": mean.score,
+        "mean": mean_of(found).score,
         "deviation": stdev(scores) if len(scores) > 1 else None,
-        "difference": mean.score - other.score,
-        "interval": list(bootstrap_ratio_interval(mean.hits - other.hits, mean.questions, seed=0)),
+        **difference(found, baseline),
     }
 
 
@@ -130,26 +173,18 @@ def load_all(folders: Sequence[Path]) -> tuple[list[PreTrainedModel], Any]:
     return [model for model, _ in loaded], loaded[0][1]
 
 
-def _retrieval(
-    config: MeasureConfig, encoders: Encoders, dataset: CaptionDataset, image_ND: NDArray[np.float32]
+def _factors(
+    names: Sequence[str],
+    variants: Sequence[Mapping[str, list[str]]],
+    image_ND: NDArray[np.float32],
+    encoders: Encoders,
 ) -> Hits:
-    texts, image_of_text_M = all_captions(dataset)
-    text_MD = encoders.texts(texts)
-    return Hits(*hits_by_picture(ranks(Embeddings(image_ND, text_MD, image_of_text_M)), image_of_text_M, 1))
-
-
-def _factors(config: MeasureConfig, encoders: Encoders, dataset: CaptionDataset, image_ND: NDArray[np.float32]) -> Hits:
-    variants = read_variants(dataset)
-    known = sorted({factor for of in variants for factor in of})
-    factors = list(config.factors) or known
-    if missing := set(factors) - set(known):
-        raise ValueError(f"{config.data}, split {config.split!r}, has no variants of {sorted(missing)}; it has {known}")
-    asked = [{factor: of[factor] for factor in factors if factor in of} for of in variants]
+    asked = [{name: of[name] for name in names if name in of} for of in variants]
     hits = factor_hits(image_ND, asked, encoders.texts)
-    hits_RN = np.zeros((len(factors), len(dataset)))
+    hits_RN = np.zeros((len(names), len(variants)))
     questions_RN = np.zeros_like(hits_RN)
-    for row, factor in enumerate(factors):
-        for index, hit in hits[factor].items():
+    for row, name in enumerate(names):
+        for index, hit in hits[name].items():
             hits_RN[row, index], questions_RN[row, index] = hit, 1
     return Hits(hits_RN, questions_RN)
 

@@ -55,8 +55,16 @@ class ArmRun:
         return [self.folder(output) / stage / "model" for stage in stages]
 
 
-def train(run: ArmRun, recipe: Path, data: Path, output: Path, num_processes: int) -> None:
+def train(run: ArmRun, recipe: Path, flags: list[str], data: Path, output: Path, num_processes: int) -> None:
     """Runs an arm to its end; one that has ended is left alone.
+
+    Args:
+        run: the run.
+        recipe: of vision_moe.train.
+        flags: further flags, of every arm.
+        data: as --data.train.
+        output: folder of the experiment.
+        num_processes: of the training.
 
     Raises:
         RuntimeError: as `run_trainer`.
@@ -64,9 +72,10 @@ def train(run: ArmRun, recipe: Path, data: Path, output: Path, num_processes: in
     folder = run.folder(output)
     if (folder / run.arm.result / "stage.json").is_file():
         return
-    flags = [*run.arm.flags, "--data.train", str(data), "--output", str(folder), "--seed", str(run.seed)]
-    flags += [f"--{run.arm.learning_rate}", str(run.learning_rate)]
-    run_trainer("vision_moe.train", [str(recipe), *flags], folder, num_processes)
+    asked = [*flags, *run.arm.flags, "--data.train", str(data), "--output", str(folder), "--seed", str(run.seed)]
+    # What is measured is the experiment's matter.
+    asked += [f"--{run.arm.learning_rate}", str(run.learning_rate), "--report", "false"]
+    run_trainer("vision_moe.train", [str(recipe), *asked], folder, num_processes)
 
 
 def run_trainer(module: str, arguments: list[str], folder: Path, num_processes: int) -> None:

@@ -3,8 +3,8 @@
     python -m eval.experiment EXPERIMENT.yaml --train SHARDS --output DIR
 
 Every arm is swept on the first seed by one measure (on pictures of their own), then run at its best learning rate on
-the other seeds. `report.md` has every measure's mean over the seeds, and its difference to the baseline arm, paired
-picture by picture. Started again, it goes on where it stopped.
+the other seeds. `report.md` has every other measure's mean over the seeds, and its difference to the baseline arm,
+paired picture by picture. Started again, it goes on where it stopped.
 """
 
 import logging
@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.arm_scores import Encoders, Hits, MeasureConfig, any_of, cached, load_all, measure, soup, summary
+from eval.arm_scores import Encoders, Hits, MeasureConfig, any_of, cached, load_all, measure, part_names, soup
 from eval.arms import ArmConfig, ArmRun, train
-from eval.report import percent, table
+from eval.experiment_report import render, summarize
 from vision_moe.config import parse
 from vision_moe.files import write_json, write_text
 from vision_moe.tracking import environment, setup_logging
@@ -40,11 +40,17 @@ class ExperimentConfig:
     measures: dict[str, MeasureConfig]
     """What is asked of every model."""
     select: str
-    """Measure that the learning rate is chosen by; its pictures should not be those of the others."""
+    """Measure that the learning rate is chosen by, and not reported beside others: its pictures should be its own."""
+    contrasts: list[list[str]] = field(default_factory=list)
+    """Pairs of rows of the report to compare, beside each row with the baseline: the second is taken from the first."""
+    flags: list[str] = field(default_factory=list)
+    """Flags of vision_moe.train for all arms, such as --model DIR."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """The first is the sweep's."""
     num_processes: int = 1
     """Processes of each training run."""
+    bf16: bool = False
+    """Measure under bfloat16 autocast, as the recipes do at their end."""
 
     def __post_init__(self) -> None:
         if self.baseline not in self.arms:
@@ -53,6 +59,10 @@ class ExperimentConfig:
             raise ValueError(f"select must be one of the measures {sorted(self.measures)}, but got {self.select!r}")
         if not self.seeds:
             raise ValueError("seeds is empty; name at least one")
+        rows = {row for name, arm in self.arms.items() for row in _row_names(name, arm)}
+        for pair in self.contrasts:
+            if len(pair) != 2 or not set(pair) <= rows:
+                raise ValueError(f"contrasts must be pairs of the rows {sorted(rows)}, but got {pair}")
 
 
 def main() -> None:
@@ -75,10 +85,12 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         "learning_rates": rates,
         "seeds": config.seeds,
         "baseline": config.baseline,
-        "rows": {
-            row: {name: summary(found[name], rows[config.baseline][name]) for name in config.measures}
-            for row, found in rows.items()
-        },
+        **summarize(
+            rows,
+            config.baseline,
+            config.contrasts,
+            {name: part_names(config.measures[name]) for name in _reported(config)},
+        ),
         "environment": environment(),
     }
     write_json(config.output / "results.json", results)
@@ -87,29 +99,8 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     return results
 
 
-def render(results: dict[str, Any]) -> str:
-    """`results.json` as Markdown."""
-    rows = results["rows"]
-    measures = list(next(iter(rows.values())))
-    header = ["", *(part for name in measures for part in (name, f"{name}, above {results['baseline']}"))]
-    lines = []
-    for row, found in rows.items():
-        cells = []
-        for name in measures:
-            spread = "" if found[name]["deviation"] is None else f" ± {100 * found[name]['deviation']:.1f}"
-            cells.append(percent(found[name]["mean"]) + spread)
-            cells.append(percent(found[name]["difference"], found[name]["interval"]))
-        lines.append([row, *cells])
-    rates = ", ".join(f"{arm} {rate:g}" for arm, rate in results["learning_rates"].items())
-    return (
-        f"# Experiment\n\n{table(header, lines)}\n\nIn %: mean over seeds {results['seeds']} with its deviation, and "
-        f"difference to {results['baseline']} with its 95 % interval, paired over pictures. Learning rates, each "
-        f"arm's best: {rates}. An oracle takes for every picture the member that answers best.\n"
-    )
-
-
 def _trained(config: ExperimentConfig, run: ArmRun) -> ArmRun:
-    train(run, config.recipe, config.train, config.output, config.num_processes)
+    train(run, config.recipe, config.flags, config.train, config.output, config.num_processes)
     return run
 
 
@@ -129,36 +120,44 @@ def _best_rate(config: ExperimentConfig, name: str) -> float:
     return best
 
 
+def _reported(config: ExperimentConfig) -> list[str]:
+    """Measures of the report: all but the one that the learning rate is chosen by, unless it is the only one."""
+    return [name for name in config.measures if name != config.select] or [config.select]
+
+
+def _row_names(name: str, arm: ArmConfig) -> list[str]:
+    """The arm's rows: itself, and what can be made of its experts; see `_rows`."""
+    made = [f"{name}: {what}" for what in ("best expert alone", "soup", "ensemble", "oracle")]
+    return [name, *(["start", *made] if arm.experts else [])]
+
+
 def _rows(config: ExperimentConfig, run: ArmRun) -> dict[str, dict[str, Hits]]:
     """Hits by row of the table and by measure: the arm, and what can be made of its experts."""
     asked = partial(_measured, config, run)
     result, members = run.model(config.output), run.members(config.output)
-    rows: dict[str, dict[str, Hits]] = {run.name: {}}
-    for name in config.measures:
-        rows[run.name][name] = asked("result", name, [result])
+    rows: dict[str, dict[str, Hits]] = {}
+    for name in _reported(config):
+        found = [asked("result", name, [result])]
         if members:
             alone = [asked(folder.parent.name, name, [folder]) for folder in members]
-            made = {
-                "start": alone[0],
-                f"{run.name}: best expert alone": max(alone[1:], key=lambda hits: hits.score),
-                f"{run.name}: soup": asked("soup", name, members),
-                f"{run.name}: ensemble": asked("ensemble", name, members),
-                f"{run.name}: oracle": any_of(alone),
-            }
-            for row, hits in made.items():
-                rows.setdefault(row, {})[name] = hits
+            best = max(alone[1:], key=lambda hits: hits.score)
+            made = [asked(what, name, members) for what in ("soup", "ensemble")]
+            found += [alone[0], best, *made, any_of(alone)]
+        for row, hits in zip(_row_names(run.name, run.arm), found, strict=True):
+            rows.setdefault(row, {})[name] = hits
     return rows
 
 
 def _measured(config: ExperimentConfig, run: ArmRun, what: str, name: str, folders: list[Path]) -> Hits:
-    """Hits of a model, or of several made one ("soup") or averaged ("ensemble"); kept on disk.
+    """Hits of a model, or of several made one ("soup") or averaged ("ensemble"); kept on disk, as all embeddings are.
 
     All runs have the same start, which is measured once.
     """
 
     def compute() -> Hits:
         models, processor = load_all(folders)
-        return measure(config.measures[name], Encoders([soup(models)] if what == "soup" else models, processor))
+        models = [soup(models)] if what == "soup" else models
+        return measure(config.measures[name], Encoders(models, processor, config.output / "embeddings", config.bf16))
 
     home = config.output if what == "start" else run.folder(config.output)
     return cached(home / "hits" / f"{what}-{name}.safetensors", compute)

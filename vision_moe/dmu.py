@@ -55,8 +55,8 @@ def run_dmu(runner: StageRunner, start: Path) -> dict[str, Path]:
     previous = start
     names = [f"mcl{stage}" for stage in range(1, config.moe.num_experts)]
     for number, name in enumerate(names, start=1):
-        needed = not all(runner.is_finished(later) for later in names[number - 1 :])
-        if needed:
+        is_needed = not all(runner.is_finished(later) for later in names[number - 1 :])
+        if is_needed and not config.clustering.random_batches:
             labels = _stage_labels(runner, number, previous, labels)
         init = previous if config.clustering.init_from == "previous" else start
         stage = Stage(

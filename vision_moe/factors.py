@@ -24,24 +24,30 @@ if TYPE_CHECKING:
 Variants = dict[str, list[str]]
 
 
-class _FirstPictures:
-    """The first `num` pictures of a data set."""
+class PictureSlice:
+    """Pictures of a data set from `start` to before `stop`, or to its end.
 
-    def __init__(self, dataset: PictureSet, num: int) -> None:
+    Raises:
+        ValueError: there are none.
+    """
+
+    def __init__(self, dataset: PictureSet, start: int, stop: int | None = None) -> None:
         self._dataset = dataset
-        self._num = num
+        self._range = range(len(dataset))[start:stop]
+        if not self._range:
+            raise ValueError(f"there is no picture from {start} to before {stop} in a data set of {len(dataset)}")
 
     def __len__(self) -> int:
-        return self._num
+        return len(self._range)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self._dataset[index]
+        return self._dataset[self._range[index]]
 
     def captions(self, index: int) -> list[str]:
-        return self._dataset.captions(index)
+        return self._dataset.captions(self._range[index])
 
     def metadata(self, index: int) -> dict[str, Any]:
-        return self._dataset.metadata(index)
+        return self._dataset.metadata(self._range[index])
 
 
 def is_nearest(image_D: NDArray[np.float32], variants_VD: NDArray[np.float32]) -> bool:
@@ -81,7 +87,7 @@ def factor_accuracy(
     if limit is not None:
         if limit < 1:
             raise ValueError(f"limit must be at least 1 (or None for all pictures), but got {limit}")
-        dataset = _FirstPictures(dataset, min(limit, len(dataset)))
+        dataset = PictureSlice(dataset, 0, limit)
     variants = read_variants(dataset)
     image_ND = embed_images(model, processor, dataset, batch_size=batch_size, autocast_dtype=autocast_dtype)
     hits = factor_hits(image_ND, variants, partial(embed_texts, model, processor, autocast_dtype=autocast_dtype))

@@ -62,6 +62,7 @@ def _mixture(tower: OneTowerConfig) -> dict[str, Any]:
         "capacity_factor": tower.capacity_factor,
         "batch_priority": tower.batch_priority,
         "router_noise_std": tower.router_noise_std,
+        "local_router_losses": tower.local_router_losses,
         "image_router_losses": _losses(tower.image_losses, tower.entropy_losses),
         "text_router_losses": _losses(tower.text_losses, tower.entropy_losses),
         **{names.get(name, f"router_{name}_loss_coef"): value for name, value in losses.items()},

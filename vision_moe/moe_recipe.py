@@ -54,6 +54,8 @@ class RoutingConfig:
     """Weight of LIMoE's global entropy loss."""
     router_global_entropy_min_experts: float | None = None
     """Its soft minimum of experts in use."""
+    local_router_losses: bool | None = None
+    """Router losses of each rank's own tokens, not of the global batch."""
 
     @property
     def model_fields(self) -> dict[str, Any]:

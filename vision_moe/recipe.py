@@ -8,6 +8,7 @@ from vision_moe.data.read_config import DataFormat, ReadConfig
 from vision_moe.moe.losses import AuxLossWeights
 from vision_moe.moe_recipe import Layers, MoEConfig
 from vision_moe.stage_recipe import StageConfig, Tracker
+from vision_moe.zero import check_recipe
 
 Method = Literal["dense", "direct", "sparse_upcycling", "dmu", "limoe"]
 
@@ -138,6 +139,8 @@ class OneTowerConfig:
     """Router losses over the text tokens alone."""
     entropy_losses: bool = True
     """False sets all entropy losses to 0: the control."""
+    local_router_losses: bool = False
+    """Router losses of each rank's own tokens, not of the global batch."""
 
 
 def _router_stage() -> StageConfig:
@@ -201,6 +204,8 @@ class TrainConfig:
     """bfloat16 autocast; weights stay float32."""
     feature_batch_size: int = 256
     """Pictures per forward when features are extracted."""
+    report: bool = True
+    """Measure every model at the end; False leaves that to other commands."""
     factor_pictures: int | None = None
     """Pictures of the per-factor table, where the data has factors; None takes all."""
     logging_steps: int = 10
@@ -211,8 +216,8 @@ class TrainConfig:
     """Trackers that get every entry of metrics.jsonl as well: tensorboard, wandb, trackio (docs/training.md)."""
     seed: int = 0
     """Seed of everything: weights, captions, batches, k-means, routers."""
-    deepspeed: Path | None = None
-    """DeepSpeed JSON for the stages."""
+    deepspeed: str | None = None
+    """DeepSpeed for the stages: zero1, zero2, zero3, or a JSON file (vision_moe.zero)."""
 
     def __post_init__(self) -> None:
         if self.moe.num_experts_per_tok > self.moe.num_experts:
@@ -227,18 +232,4 @@ class TrainConfig:
         if not self.methods:
             raise ValueError("methods is empty; name at least one of dense, direct, sparse_upcycling, dmu, limoe")
         if self.deepspeed is not None:
-            self._refuse_under_deepspeed()
-
-    def _refuse_under_deepspeed(self) -> None:
-        stages = {name: stage for name, stage in vars(self).items() if isinstance(stage, StageConfig)}
-        found = [
-            f"{name}.{field}"
-            for name, stage in stages.items()
-            for field in ("ema_decay", "grad_cache_batch_size")
-            if getattr(stage, field) is not None
-        ]
-        if found:
-            raise ValueError(
-                f"{', '.join(found)} cannot run under DeepSpeed, which spreads the weights over the processes and "
-                "steps after every backward pass; set them to null, or deepspeed to null"
-            )
+            check_recipe(self)

@@ -1,5 +1,6 @@
 """Runs one training stage so that a killed run goes on, and a finished one is not run twice."""
 
+import gc
 import json
 import logging
 import math
@@ -33,6 +34,7 @@ from vision_moe.trackers import tracker_callbacks
 from vision_moe.tracking import MetricsCallback
 from vision_moe.trainer import ContrastiveTrainer, training_arguments
 from vision_moe.training_data import TrainingData
+from vision_moe.zero import gathered_state, scalars_as_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,7 @@ class StageRunner:
             logger.info("stage %s is finished: %s", stage.name, self.model_folder(stage.name))
             return self.model_folder(stage.name)
         model = build()
+        scalars = scalars_as_vectors(model) if self.config.deepspeed is not None else []
         model.set_attn_implementation(self.config.attn_implementation)
         self._set_logit_scale(model, stage)
         trained = set_trainable(model, stage.trainable)
@@ -126,7 +129,14 @@ class StageRunner:
         trainer.train(resume_from_checkpoint=checkpoint)
         batches = sampler.report() if isinstance(sampler, ClusterBatchSampler) else None
         summary = {"cluster_batches": batches, "stream": None if loader is None else _stream_report(loader, trainer)}
-        self._finish(stage, trainer, num_steps, time.monotonic() - start, resumed=bool(checkpoint), more=summary)
+        seconds = time.monotonic() - start
+        state = None if self.config.deepspeed is None else gathered_state(trainer, scalars)
+        if is_main():
+            self.save(trainer.accelerator.unwrap_model(trainer.model), self.model_folder(stage.name), state)
+        self._finish(stage, num_steps, seconds, resumed=bool(checkpoint), more=summary)
+        # Under ZeRO-3 the next model would be split over the ranks as it is loaded, while these arguments live.
+        del trainer, model
+        gc.collect()
         return self.model_folder(stage.name)
 
     def _callbacks(self, stage: Stage, model: PreTrainedModel, checkpoint: str | None) -> list[TrainerCallback]:
@@ -141,20 +151,9 @@ class StageRunner:
             CheckpointMarker(),
         ]
 
-    def _finish(
-        self,
-        stage: Stage,
-        trainer: ContrastiveTrainer,
-        num_steps: int,
-        seconds: float,
-        *,
-        resumed: bool,
-        more: dict[str, Any],
-    ) -> None:
+    def _finish(self, stage: Stage, num_steps: int, seconds: float, *, resumed: bool, more: dict[str, Any]) -> None:
         folder = self.folder(stage.name)
         if is_main():
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            self.save(model, self.model_folder(stage.name))
             summary = {
                 "name": stage.name,
                 "steps": num_steps,
@@ -167,11 +166,11 @@ class StageRunner:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         barrier()
 
-    def save(self, model: PreTrainedModel, folder: Path) -> None:
-        """Writes model and processor as one Hugging Face folder, all at once."""
+    def save(self, model: PreTrainedModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes model and processor as one Hugging Face folder, all at once; `state`: weights instead of its own."""
 
         def write(path: Path) -> None:
-            model.save_pretrained(path)
+            model.save_pretrained(path, state_dict=state)
             self.processor.save_pretrained(path)
 
         write_folder(folder, write)
@@ -183,7 +182,7 @@ class StageRunner:
                 f"the training set has {len(self.dataset)} pictures, fewer than one global batch of {batch}; "
                 f"lower global_batch_size"
             )
-        if stage.labels_N is None or self.config.clustering.random_batches:
+        if stage.labels_N is None:
             return EpochBatchSampler(len(self.dataset), batch, num_steps, seed, rank(), world_size())
         return ClusterBatchSampler(
             stage.labels_N,

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _SMOKE = Path(__file__).parent / "recipes" / "smoke.yaml"
 # Fields that may differ between a run and its continuation.
-_FREE_FIELDS = ("logging_steps", "save_steps", "report_to", "methods")
+_FREE_FIELDS = ("logging_steps", "save_steps", "report_to", "report", "methods")
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def run(config: TrainConfig) -> dict[str, Path]:
     claim_folder(config, config.output)
     dataset = TrainingData(config)
     # Opened now, so that a mistake in the recipe does not show after hours.
-    pictures = open_eval_data(config)
+    pictures = open_eval_data(config) if config.report else None
     start, processor = _start(config, dataset)
     runner = StageRunner(config, dataset, processor)
     models: dict[str, Path] = {} if start is None else {"dense": start}
@@ -78,7 +78,8 @@ def run(config: TrainConfig) -> dict[str, Path]:
             samples = stage_samples(config.limoe, len(dataset))
             stage = Stage(name="limoe", config=config.limoe, trainable="all", samples=samples)
             models["limoe"] = runner.run(stage, partial(build_limoe, config, processor))
-    write_report(config, models, processor, pictures)
+    if pictures is not None:
+        write_report(config, models, processor, pictures)
     return models
 
 

@@ -23,6 +23,7 @@ from vision_moe.routing_metrics import RoutingMetrics
 from vision_moe.sampled_trainer import SampledTrainer
 from vision_moe.stage_recipe import StageConfig
 from vision_moe.trackers import run_name
+from vision_moe.zero import deepspeed_settings
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class ContrastiveTrainer(SampledTrainer):
         self.label_smoothing = label_smoothing
         self.groups_N = groups_N
         self.grad_cache_batch_size = grad_cache_batch_size
+        if self.is_deepspeed_enabled:
+            self.model.register_forward_hook(_with_temperature)
         self._terms: dict[str, list[Tensor]] = {}
         self._routing = RoutingMetrics()
         # The loss is a mean over the global batch already: the Trainer must not divide it by accumulation steps.
@@ -111,7 +114,8 @@ class ContrastiveTrainer(SampledTrainer):
         outputs = model(**inputs)
         unwrapped = self.accelerator.unwrap_model(model)
         embeds = outputs.image_embeds, outputs.text_embeds
-        contrastive = self._contrastive_loss(*embeds, *self._temperature(unwrapped), groups_B=groups_B)
+        temperature = self._temperature(outputs if self.is_deepspeed_enabled else unwrapped)
+        contrastive = self._contrastive_loss(*embeds, *temperature, groups_B=groups_B)
         self._observe(unwrapped, outputs)
         loss = self._total(contrastive, getattr(outputs, "aux_loss", None))
         return (loss, outputs) if return_outputs else loss
@@ -119,9 +123,9 @@ class ContrastiveTrainer(SampledTrainer):
     def _groups(self, index_B: Tensor) -> Tensor | None:
         return None if self.groups_N is None else self.groups_N[index_B.cpu()].to(self.args.device)
 
-    def _temperature(self, model: nn.Module) -> tuple[Tensor, ...]:
+    def _temperature(self, holder: Any) -> tuple[Tensor, ...]:
         """What the contrastive loss reads beside the embeddings."""
-        return (model.logit_scale, model.logit_bias) if self.pairwise else (model.logit_scale,)
+        return (holder.logit_scale, holder.logit_bias) if self.pairwise else (holder.logit_scale,)
 
     def _contrastive_loss(self, image_BD: Tensor, text_BD: Tensor, *temperature: Tensor, groups_B: Any) -> Tensor:
         scale, *bias = temperature
@@ -159,6 +163,14 @@ class ContrastiveTrainer(SampledTrainer):
         self._terms.setdefault(name, []).append(value.detach().float())
 
 
+def _with_temperature(model: nn.Module, args: Any, outputs: Any) -> None:
+    """A forward hook: puts scale and bias of the logits into the outputs, as ZeRO-3 takes all parameters apart then."""
+    for name in ("logit_scale", "logit_bias"):
+        parameter = getattr(model, name, None)
+        if parameter is not None:
+            outputs[name] = parameter.clone()
+
+
 def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path, num_steps: int) -> TrainingArguments:
     """TrainingArguments of one stage; the caller's sampler holds exactly `num_steps` batches."""
     num_processes = world_size()
@@ -177,7 +189,8 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path, nu
         max_grad_norm=stage.max_grad_norm,
         lr_scheduler_type=stage.schedule,
         warmup_steps=_warmup(stage.warmup_steps, num_steps),
-        bf16=config.bf16,
+        # Under DeepSpeed its settings say it.
+        bf16=config.bf16 and config.deepspeed is None,
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         logging_steps=config.logging_steps,
@@ -191,7 +204,7 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path, nu
         run_name=run_name(folder),
         disable_tqdm=not sys.stderr.isatty(),
         ddp_find_unused_parameters=False,
-        deepspeed=None if config.deepspeed is None else str(config.deepspeed),
+        deepspeed=None if config.deepspeed is None else deepspeed_settings(config.deepspeed, bf16=config.bf16),
     )
 
 

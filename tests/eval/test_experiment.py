@@ -53,7 +53,7 @@ def finished(output, run, hits):
     (folder / run.arm.result).mkdir(parents=True)
     (folder / run.arm.result / "stage.json").write_text("{}")
     (folder / "hits").mkdir()
-    array = np.array([hits], dtype=np.float64)
+    array = np.array([hits, hits], dtype=np.float64)
     save_file({"hits": array, "questions": np.ones_like(array)}, folder / "hits" / "result-asked.safetensors")
 
 
@@ -72,7 +72,7 @@ def test_best_rate_is_run_on_every_seed_and_differences_are_paired(tmp_path):
     finished(tmp_path, ArmRun("dmu", arms["dmu"], 1e-3, 1), [1, 1, 0, 0])
     for seed in (0, 1):
         finished(tmp_path, ArmRun("direct", arms["direct"], 1e-3, seed), [1, 0, 0, 0])
-    results = run(config(Path("unread"), tmp_path, arms, seeds=[0, 1]))
+    results = run(config(Path("unread"), tmp_path, arms, seeds=[0, 1], contrasts=[["dmu", "direct"]]))
     assert results["learning_rates"] == {"direct": 1e-3, "dmu": 1e-3}
     row = results["rows"]["dmu"]["asked"]
     assert row["mean"] == pytest.approx((3 / 4 + 2 / 4) / 2)
@@ -80,7 +80,20 @@ def test_best_rate_is_run_on_every_seed_and_differences_are_paired(tmp_path):
     # Both are right on picture 0 and wrong on picture 3: only the other two vary.
     assert 0 <= row["interval"][0] <= row["difference"] <= row["interval"][1] <= 1
     assert results["rows"]["direct"]["asked"]["interval"] == [0, 0]
-    assert "| dmu | 62.5 ± 17.7 | 37.5 [" in (tmp_path / "report.md").read_text()
+    (contrast,) = results["contrasts"]
+    assert contrast["measures"]["asked"] == {name: row[name] for name in ("difference", "interval")}
+    assert row["parts"]["text to image"]["mean"] == pytest.approx(row["mean"])
+    report = (tmp_path / "report.md").read_text()
+    assert "| dmu | 62.5 ± 17.7 | 37.5 [" in report
+    assert "| dmu above direct | 37.5 [" in report
+    assert "| dmu | 62.5, 37.5 [" in report
+
+
+def test_a_contrast_of_unknown_rows_is_refused(tmp_path):
+    arms = {"dmu": arm("dmu", [1e-3], experts=["mcl1"]), "direct": arm("direct", [1e-3])}
+    for pair in (["dmu: soup", "direct: soup"], ["dmu"]):
+        with pytest.raises(ValueError, match=r"contrasts must be pairs of the rows \['direct', 'dmu', 'dmu: best"):
+            config(Path("unread"), tmp_path, arms, contrasts=[pair])
 
 
 def test_an_unknown_baseline_is_refused(tmp_path):
@@ -115,6 +128,17 @@ def test_a_factor_without_variants_is_refused(scenes):
         measure(MeasureConfig(kind="factors", data=scenes, factors=["smell"]), Encoders([model], processor))
 
 
+def test_a_measure_of_some_pictures_is_the_measure_of_them_alone(scenes, tmp_path):
+    (model,), processor = load_all([Path("scenes-clip")])
+    encoders = Encoders([model], processor, tmp_path)
+    asked = {"kind": "factors", "data": scenes, "factors": ["shape"]}
+    whole = measure(MeasureConfig(**asked), encoders)
+    some = measure(MeasureConfig(**asked, start=3, stop=8), encoders)
+    assert np.array_equal(some.hits, whole.hits[:, 3:8])
+    with pytest.raises(ValueError, match="no picture from 12"):
+        measure(MeasureConfig(**asked, start=12), encoders)
+
+
 def test_oracle_takes_the_best_member_of_every_picture():
     questions = np.ones((1, 3))
     found = any_of([Hits(np.array([[1.0, 0, 0]]), questions), Hits(np.array([[0.0, 1, 0]]), questions)])
@@ -140,3 +164,7 @@ def test_experts_of_a_run_are_measured_together(scenes, tmp_path):
     scores = {row: found["asked"]["mean"] for row, found in results["rows"].items()}
     assert scores["dmu: oracle"] >= max(scores["start"], scores["dmu: best expert alone"])
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == results["rows"]
+    # The ensemble embeds nothing anew: its members, the mixture and the soup, pictures and texts of each.
+    assert len(list((tmp_path / "embeddings").iterdir())) == 2 * (4 + 2)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not (folder / "report.md").exists()

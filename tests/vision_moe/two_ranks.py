@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,15 +10,33 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
-from transformers import CLIPModel, CLIPProcessor, TrainerState, TrainingArguments
+from transformers import (
+    AutoModel,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from vision_moe.checkpoint import CheckpointMarker, last_checkpoint
 from vision_moe.contrastive import contrastive_loss, sigmoid_loss
 from vision_moe.data import open_captions
+from vision_moe.data.collate import CaptionCollator
+from vision_moe.data.read_config import ReadConfig
+from vision_moe.data.shard_source import find_shards
+from vision_moe.data.stream import CaptionStream
+from vision_moe.data.stream_loader import StreamLoader, load_state
+from vision_moe.data.tar_shards import TarShards
 from vision_moe.distributed import barrier, gather, is_main, rank, world_size
 from vision_moe.features import extract_features
 from vision_moe.grad_cache import cached_step, split_batch
+from vision_moe.moe.losses import AuxLossWeights, aux_loss
+from vision_moe.moe.token_mean import mean_of_ranks
 from vision_moe.router_bias import RouterBiasCallback
+from vision_moe.trainer import ContrastiveTrainer
 from vision_moe.upcycle import upcycle
 
 BIAS = torch.tensor([-3.0])
@@ -72,6 +91,41 @@ def choice_biases(dense: CLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str
     return {name: tensor for name, tensor in moe.state_dict().items() if name.endswith("choice_bias")}
 
 
+def router_losses(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each router loss over the tokens of both ranks, the first three of which are rank 0's, and its gradient here."""
+    own = slice(0, 3) if is_main() else slice(3, None)
+    found = {}
+    for name in ("load_balance", "z", "importance", "load", "local_entropy", "global_entropy"):
+        logits_TE = inputs["logits"][own].clone().requires_grad_()
+        noisy_TE = logits_TE + inputs["noise"][own]
+        loss = aux_loss(
+            logits_TE,
+            noisy_TE,
+            inputs["valid"][own],
+            top_k=2,
+            noise_std=0.5,
+            weights=AuxLossWeights(**{name: 1.0}),
+            mean=mean_of_ranks,
+        )
+        (gradient_TE,) = torch.autograd.grad(loss, logits_TE)
+        found |= {f"{name}-loss": loss.detach(), f"{name}-gradient": gradient_TE}
+    return found
+
+
+def mixture_gradients(kind: str, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Both losses and every gradient of a mixture under DDP, of this rank's two pairs."""
+    own = slice(rank() * 2, rank() * 2 + 2)
+    batch = {name: inputs[name][own] for name in ("input_ids", "attention_mask", "pixel_values")}
+    # Held, as its hooks go with it.
+    wrapped = DistributedDataParallel(model.train())
+    outputs = wrapped(**batch)
+    contrastive = contrastive_loss(outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp())
+    (contrastive + outputs.aux_loss).backward()
+    found = {"contrastive": contrastive.detach(), "aux": outputs.aux_loss.detach()}
+    found |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {f"{kind}-{name}": tensor for name, tensor in found.items()}
+
+
 def cached_gradients(model: CLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Loss and every gradient of a CLIP under DDP, this rank's two pairs one after the other."""
     own = slice(rank() * 2, rank() * 2 + 2)
@@ -84,6 +138,54 @@ def cached_gradients(model: CLIPModel, inputs: dict[str, torch.Tensor]) -> dict[
         lambda outputs: None,
     )
     return {"cached-loss": loss, **{f"cached-{name}": p.grad for name, p in model.named_parameters()}}
+
+
+class _StopAfterOneStep(TrainerCallback):
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+def streamed(shards: Path, out: Path, model_folder: Path) -> dict[str, torch.Tensor]:
+    """Pictures that this rank trained on in three steps of a stream, and the weights then: at once, and in two goes."""
+    collator = CaptionCollator(CLIPProcessor.from_pretrained(model_folder))
+    found = {}
+    for name, goes in (("unbroken", [[]]), ("resumed", [[_StopAfterOneStep()], []])):
+        seen: list[int] = []
+        for callbacks in goes:
+            checkpoint = last_checkpoint(out / name)
+            reader = TarShards(find_shards(str(shards), "train"))
+            stream = CaptionStream(reader, ReadConfig(), rank=rank(), world_size=world_size())
+            state = None if checkpoint is None else load_state(Path(checkpoint), rank())
+            loader = StreamLoader(stream, collator, batch_size=2, state=state)
+            trainer = _Watched(
+                seen,
+                model=CLIPModel.from_pretrained(model_folder),
+                args=_stream_arguments(out / name),
+                train_dataset=stream,
+                stream_loader=loader,
+                callbacks=[*callbacks, CheckpointMarker()],
+            )
+            trainer.train(resume_from_checkpoint=checkpoint)
+        found[f"{name}-seen"] = torch.tensor(seen)
+        found |= {f"{name}-{key}": tensor.contiguous() for key, tensor in trainer.model.state_dict().items()}
+    return found
+
+
+class _Watched(ContrastiveTrainer):
+    """Notes which pictures it trains on."""
+
+    def __init__(self, seen: list[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seen = seen
+
+    def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any) -> torch.Tensor:
+        self.seen += inputs["index"].tolist()
+        return super().training_step(model, inputs, *args)
+
+
+def _stream_arguments(folder: Path) -> TrainingArguments:
+    fixed = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "remove_unused_columns": False}
+    return TrainingArguments(str(folder), max_steps=3, save_steps=1, learning_rate=1e-3, **fixed)
 
 
 def checkpoint_steps(out: Path) -> torch.Tensor:
@@ -108,15 +210,19 @@ def checkpoint_steps(out: Path) -> torch.Tensor:
 def main(data: Path, out: Path, model_folder: Path) -> None:
     assert not dist.is_initialized()
     assert world_size() == 2
-    dataset = open_captions(data, check_cache=out / "check.json", max_unreadable_share=0.5)
+    dataset = open_captions(data / "shards", check_cache=out / "check.json", max_unreadable_share=0.5)
     # The first wait of a run sets the process group up.
     assert dist.is_initialized()
-    found = losses_and_gradients(load_file(out / "inputs.safetensors"))
+    inputs = load_file(out / "inputs.safetensors")
+    found = losses_and_gradients(inputs) | router_losses(inputs)
     found["checkpoint_step"] = checkpoint_steps(out)
     found["ranks"] = gather(torch.tensor([rank()]))
     model, processor = CLIPModel.from_pretrained(model_folder), CLIPProcessor.from_pretrained(model_folder)
-    found |= choice_biases(model, load_file(out / "inputs.safetensors"))
-    found |= cached_gradients(CLIPModel.from_pretrained(model_folder), load_file(out / "inputs.safetensors"))
+    found |= choice_biases(model, inputs)
+    found |= cached_gradients(CLIPModel.from_pretrained(model_folder), inputs)
+    for kind in ("clip_moe", "limoe", "local"):
+        found |= mixture_gradients(kind, AutoModel.from_pretrained(model_folder / kind), inputs)
+    found |= streamed(data / "stream", out, model_folder)
     features = extract_features(
         model, dataset, processor, cache_dir=out / "features", batch_size=2, chunk_size=3, fingerprint="x"
     )

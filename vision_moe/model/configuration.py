@@ -47,6 +47,8 @@ class MoEFields:
         router_local_entropy_loss_coef: of LIMoE's local entropy loss.
         router_global_entropy_loss_coef: of LIMoE's global entropy loss.
         router_global_entropy_min_experts: its soft minimum S of experts in use (tau = log S); None = all.
+        local_router_losses: in training under data parallelism, each rank's router losses are those of its own tokens
+            (official CLIP-MoE code), and not those of the global batch.
         output_router_logits: return the router logits, and in evaluation the aux loss too.
     """
 
@@ -73,6 +75,7 @@ class MoEFields:
     router_local_entropy_loss_coef: int | float = 0.0
     router_global_entropy_loss_coef: int | float = 0.0
     router_global_entropy_min_experts: int | float | None = None
+    local_router_losses: bool = False
     output_router_logits: bool = False
 
     def validate_moe(self) -> None:

@@ -14,6 +14,7 @@ from vision_moe.model.configuration import CLIPMoETextConfig, CLIPMoEVisionConfi
 from vision_moe.model.configuration_limoe import LIMoEConfig
 from vision_moe.moe.layer import MoEMLP
 from vision_moe.moe.losses import AuxLossWeights, aux_loss, local_entropy_loss, share_logits
+from vision_moe.moe.token_mean import mean_of_process, mean_of_ranks
 
 TowerConfig = CLIPMoEVisionConfig | CLIPMoETextConfig | LIMoEConfig
 LayerOutput = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -123,6 +124,9 @@ def tower_aux_loss(
 ) -> Tensor:
     """Mean over the tower's MoE blocks of their weighted router losses (CLIP-MoE, eq. 9).
 
+    Where they have gradients, over the tokens of all ranks, unless the config's `local_router_losses` says otherwise;
+    every rank must then come here. Without gradients, which is to say in evaluation, over those of this process.
+
     Args:
         config: of the tower.
         encoded: what its blocks returned.
@@ -136,6 +140,7 @@ def tower_aux_loss(
         return torch.zeros((), device=encoded.last_hidden_state.device)
     mask_T = None if mask_BS is None else mask_BS.flatten()
     noisy_logits = encoded.noisy_logits or (None,) * len(encoded.router_logits)
+    is_local = config.local_router_losses or not encoded.router_logits[0].requires_grad
     losses = [
         aux_loss(
             logits_BSE.flatten(0, 1),
@@ -145,6 +150,7 @@ def tower_aux_loss(
             noise_std=config.router_noise_std / config.num_experts,
             scoring_func=config.scoring_func,
             weights=config.aux_loss_weights if weights is None else weights,
+            mean=mean_of_process if is_local else mean_of_ranks,
         )
         for logits_BSE, noisy_BSE in zip(encoded.router_logits, noisy_logits, strict=True)
     ]

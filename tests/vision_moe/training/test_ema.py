@@ -104,6 +104,7 @@ def test_a_stage_with_average_patch_dropout_and_gradient_cache_resumes_exactly(t
         (["--mcl.patch_dropout", "1.0"], r"patch_dropout must be in \[0, 1\)"),
         (["--mcl.grad_cache_batch_size", "0"], "grad_cache_batch_size must be positive"),
         (["--mcl.ema_decay", "0.9", "--deepspeed", "zero.json"], "mcl.ema_decay cannot run under DeepSpeed"),
+        (["--mcl.optimizer", "muon", "--deepspeed", "zero2"], r"Muon needs whole matrices.*set mcl.optimizer to adamw"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_with_the_recipe(flags, message, tmp_path, capsys):

@@ -146,6 +146,16 @@ def test_kill_9_in_every_stage_ends_as_an_unbroken_run(unbroken, flags, tmp_path
     assert_equal_runs(output, unbroken)
 
 
+def test_random_batches_cluster_nothing_and_a_run_may_leave_out_its_report(flags, tmp_path):
+    few = ["--methods", "[dmu]", "--moe.num_experts", "2", "--clustering.random_batches", "true", "--report", "false"]
+    run(parse(TrainConfig, flags(tmp_path / "run", *few)))
+    assert json.loads((tmp_path / "run" / "mcl1" / "stage.json").read_text())["cluster_batches"] is None
+    assert not list((tmp_path / "run").glob("*/clusters.json"))
+    assert not (tmp_path / "run" / "results.json").exists()
+    start, expert = weights(tmp_path / "run", "dense"), weights(tmp_path / "run", "mcl1")
+    assert any(not torch.equal(start[name], expert[name]) for name in start)
+
+
 def test_another_recipe_in_the_same_folder_is_refused(unbroken, flags):
     with pytest.raises(ValueError, match="other settings of seed"):
         run(parse(TrainConfig, flags(unbroken, "--seed", "1")))
