@@ -16,7 +16,7 @@ from typing import Any
 
 from eval.arm_scores import Encoders, Hits, MeasureConfig, any_of, cached, load_all, mean_of, measure, soup
 from eval.arms import ArmConfig, ArmRun, train
-from eval.report import percent, table
+from eval.tables import percent, table
 from vision_moe.config import parse
 from vision_moe.files import write_json, write_text
 from vision_moe.intervals import bootstrap_ratio_interval
