@@ -43,6 +43,10 @@ class KeptAnswers:
         self._file = folder / f"rank{rank}.jsonl"
         self._answers = dict(_read(folder))
         folder.mkdir(parents=True, exist_ok=True)
+        if self._file.is_file() and not self._file.read_bytes().endswith(b"\n"):
+            # Killed in the middle of a line, to which the next answer would be joined.
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write("\n")
         if self._answers:
             logger.info("%d answers are kept in %s", len(self._answers), folder)
 
@@ -92,7 +96,9 @@ def origin_sha256(model: Path, settings: dict[str, Any]) -> str:
 
 def _read(folder: Path) -> Iterator[tuple[str, str]]:
     for file in sorted(folder.glob("*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").split("\n"):
+            if not line:
+                continue
             try:
                 key, answer = json.loads(line)
             except ValueError:

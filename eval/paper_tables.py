@@ -46,9 +46,9 @@ def multimodal_table(records: Sequence[Found]) -> str:
     shown = {
         name: column
         for name, column in part["columns"].items()
-        if name in part["rows"][0] or any(column["task"] in record.result for record in mine)
+        if name in part["rows"][0] or any(_task(record, column) for record in mine)
     }
-    if not any(column["task"] in record.result for column in shown.values() for record in mine):
+    if not any(_task(record, column) for column in shown.values() for record in mine):
         return ""
     notes = Notes()
     rows = [[f"{row['name']} (paper)", *(_plain(row.get(name)) for name in shown)] for row in part["rows"]]
@@ -103,11 +103,20 @@ def zero_shot_table(records: Sequence[Found]) -> str:
 
 
 def _cell(record: Found, column: dict[str, Any], part: dict[str, Any], notes: Notes) -> str:
-    entry = record.result.get(column["task"])
-    if entry is None or column["metric"] not in entry["metrics"]:
+    task = _task(record, column)
+    if task is None:
         return ""
+    entry = record.result[task]
     value, interval = entry["metrics"][column["metric"]], entry["intervals"].get(column["metric"])
     return number(value, interval, scale=column["scale"]) + notes.marks(_differences(record, column, entry))
+
+
+def _task(record: Found, column: dict[str, Any]) -> str | None:
+    """The first task of a record that measures a column."""
+    names = [name for task in column["tasks"] for name in (task, f"{task}_local")]
+    return next(
+        (name for name in names if column["metric"] in record.result.get(name, {"metrics": ()})["metrics"]), None
+    )
 
 
 def _differences(record: Found, column: dict[str, Any], entry: dict[str, Any]) -> list[str]:
@@ -117,7 +126,7 @@ def _differences(record: Found, column: dict[str, Any], entry: dict[str, Any]) -
         notes.append(f"{entry['n']} of {column['questions']} questions")
     if column.get("judged"):
         judge = entry["judge"] or {}
-        model = judge.get("MODEL_VERSION", "lmms-eval's default model")
+        model = judge.get("model") or judge.get("MODEL_VERSION") or "lmms-eval's default model"
         notes.append(f"judged by {model}; the paper does not name its judge")
     if record.settings["post_prompt"] is not None:
         notes.append(f"the prompt ends with {record.settings['post_prompt']!r}")

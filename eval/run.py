@@ -140,7 +140,10 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error)) from None
     failed: dict[str, str] = {}
     outputs: list[Path] = []
-    for name, folder in options.model.items():
+    for number, (name, folder) in enumerate(options.model.items()):
+        if number:
+            # The model before has gone, but for what refers to itself, and this one needs the room.
+            gc.collect()
         base = options.output / name if len(options.model) > 1 else options.output
         lm = VisionMoeLlava(
             folder,
@@ -155,9 +158,7 @@ def main(args: Sequence[str] | None = None) -> None:
             outputs.append(base if kind == "own" else base / kind)
             reasons = run.run(kind, outputs[-1], resume=options.resume)
             failed |= {f"{name}, {kind} pictures, {task}": reason for task, reason in reasons.items()}
-        # The next model may need the room.
         del run, lm
-        gc.collect()
     if is_main():
         _show(outputs, options.output)
     if failed:

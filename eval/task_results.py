@@ -66,7 +66,8 @@ def _summary(task: str, lines: list[dict[str, Any]], found: dict[str, Any], seed
         "prompts": config.get("lmms_eval_specific_kwargs"),
         "generation_kwargs": config.get("generation_kwargs"),
         "parser": _parser(config),
-        "judge": _judge(task, found),
+        "protocol": _metadata(config).get("protocol"),
+        "judge": _metadata(config).get("judge") or _judge(task, found),
         "version": found["versions"].get(task),
         **_yes_no(lines),
     }
@@ -87,7 +88,14 @@ def _line(task: str, sample: dict[str, Any]) -> dict[str, Any]:
 def _parser(config: dict[str, Any]) -> dict[str, Any]:
     """The functions between an answer and a number, by name; their code is that of lmms-eval's version, or ours."""
     shown = {key: config[key] for key in ("process_results", "filter_list", "metric_list") if key in config}
-    return {key: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for key, value in shown.items()}
+    named = {key: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for key, value in shown.items()}
+    return {"about": _metadata(config).get("parser"), **named}
+
+
+def _metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """What a task's YAML says of itself; lmms-eval has it as a mapping in some and as a list of one in others."""
+    metadata = config.get("metadata") or {}
+    return metadata if isinstance(metadata, dict) else metadata[0]
 
 
 def _judge(task: str, found: dict[str, Any]) -> dict[str, Any] | None:

@@ -97,6 +97,9 @@ class VisionMoeLlava(lmms):
         """Where the model is; lmms-eval gathers counts over ranks there."""
         return self.chat.model.device
 
+    def clean(self) -> None:
+        """Keeps the model, which the next task needs; lmms-eval would free what it holds, a training around it too."""
+
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers all requests, in their order; those of equal settings and similar length run together."""
         answers: dict[int, str] = {}
