@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers.utils.generic import is_flash_attention_requested
 from mllm.adapter import AdapterInfo, fingerprint, save_adapter
 from mllm.collate import BranchedCollator, LlavaCollator, PackedCollator
 from mllm.data import LlavaDataset
+from mllm.evaluation import TaskEvaluation
+from mllm.generate import Chat
 from mllm.images import set_aspect_ratio
 from mllm.merge import merge_adapter
 from mllm.model import LlavaMoEForConditionalGeneration
@@ -71,6 +74,9 @@ class StageRunner:
         model = self._load(start, stage, args.device)
         trained = set_trainable(model, stage)
         trainer = self._trainer(name, stage, model, args, dataset, num_steps)
+        if stage.evaluation.tasks:
+            chat = partial(Chat, processor=self.processor, template=self.config.template)
+            trainer.add_callback(TaskEvaluation(trainer, stage.evaluation, chat))
         self._log_plan(name, stage, num_steps, trained)
         preflight(trainer, stage, folder / "checkpoints")
         checkpoint = last_checkpoint(folder / "checkpoints")
