@@ -14,8 +14,8 @@ TASKS = Path(__file__).resolve().parent / "tasks"
 
 
 def find_tasks(names: Sequence[str], include_paths: Sequence[Path]) -> TaskManager:
-    """Our own tasks, those of more folders, and lmms-eval's; see `mllm.lmms_tasks.task_manager`."""
-    return task_manager(names, [TASKS, *include_paths])
+    """Those of these folders, our own and lmms-eval's: the first of a name; see `mllm.lmms_tasks.task_manager`."""
+    return task_manager(names, [*include_paths, TASKS])
 
 
 @dataclass(frozen=True, kw_only=True)

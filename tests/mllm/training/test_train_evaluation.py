@@ -80,7 +80,7 @@ def test_a_stage_logs_what_its_model_answers_and_trains_as_if_it_were_not_asked(
     make_config: Any, tmp_path: Path, colours: Path
 ) -> None:
     # Dropout draws at every step, and the first stage is left out for its time.
-    lora = {"llm": "lora", "llm_lr": 0.1, "lora": LoraSettings(r=2, alpha=4, dropout=0.5)}
+    lora = {"llm": "lora", "llm_lr": 3.0, "lora": LoraSettings(r=2, alpha=4, dropout=0.5)}
     only = {"pretrain": StageConfig(enabled=False)}
     asked = run(make_config(tmp_path / "asked", finetune=_finetune(colours, **lora), **only))
     plain = run(make_config(tmp_path / "plain", finetune=_finetune(None, **lora), **only))
