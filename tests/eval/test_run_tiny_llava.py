@@ -127,7 +127,7 @@ def test_lmms_evals_own_command_gives_the_same_numbers(llava_folder, pope_folder
     command += ["--include_path", str(CHECKOUT / "eval" / "tasks"), "--output_path", str(tmp_path / "theirs")]
     command += ["--log_samples"]
     environment = {**os.environ, "VISION_MOE_SCENES": str(pope_folder)}
-    subprocess.run(command, env=environment, check=True, cwd=tmp_path, timeout=300)
+    subprocess.run(command, env=environment, check=True, cwd=tmp_path, timeout=900)
     record, answers = _run(llava_folder, pope_folder, tmp_path / "ours")
     # Its exit code says nothing, so the files must.
     (results,) = tmp_path.rglob("*_results.json")
@@ -150,7 +150,7 @@ def test_two_processes_give_what_one_gives_and_go_on_from_its_answers(llava_fold
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def two(output):
-        subprocess.run([*command, "--output", str(output)], env=environment, check=True, cwd=CHECKOUT, timeout=300)
+        subprocess.run([*command, "--output", str(output)], env=environment, check=True, cwd=CHECKOUT, timeout=900)
         lines = (output / "samples.jsonl").read_text().splitlines()
         return json.loads((output / "results.json").read_text()), [json.loads(line) for line in lines]
 
