@@ -71,28 +71,33 @@ class ModelRun:
         failed: dict[str, str] = {}
         for number, name in enumerate(self.asked.tasks, start=1):
             logger.info("task %d of %d: %s, %s pictures", number, len(self.asked.tasks), name, pictures)
-            began, before = time.monotonic(), (kept.num_asked, kept.num_kept)
             try:
-                found = run_task(
-                    self.lm, self.asked.task(name), self.asked.manager, limit=self.asked.limit, seed=self.asked.seed
-                )
-                new, new_lines = summarize(found, seed=self.asked.seed) if found is not None else ({}, [])
+                new, new_lines = self._ask(name, kept)
             except Exception as error:  # reported at the end, as a non-zero exit, once the other tasks have run
                 if world_size() > 1:
                     raise
                 logger.exception("task %s failed", name)
                 failed[name] = f"{type(error).__name__}: {error}"
-                new, new_lines = {}, []
-            cost = {
-                "seconds": round(time.monotonic() - began, 1),
-                "asked": kept.num_asked - before[0],
-                "from_answers": kept.num_kept - before[1],
-            }
-            results |= {task: {**entry, "cost": cost} for task, entry in new.items()}
-            lines += new_lines
+            else:
+                results |= new
+                lines += new_lines
             if is_main():
                 self._write(output, pictures, results, failed, lines)
         return failed
+
+    def _ask(self, name: str, kept: KeptAnswers) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What `summarize` gives for a task or group, with what it cost; nothing on other ranks than the first."""
+        asked, began, before = self.asked, time.monotonic(), (kept.num_asked, kept.num_kept)
+        found = run_task(self.lm, asked.task(name), asked.manager, limit=asked.limit, seed=asked.seed)
+        if found is None:
+            return {}, []
+        results, lines = summarize(found, seed=asked.seed)
+        cost = {
+            "seconds": round(time.monotonic() - began, 1),
+            "asked": kept.num_asked - before[0],
+            "from_answers": kept.num_kept - before[1],
+        }
+        return {task: {**entry, "cost": cost} for task, entry in results.items()}, lines
 
     def _write(
         self,

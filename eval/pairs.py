@@ -30,12 +30,14 @@ def pairs(records: Sequence[Found]) -> Iterator[tuple[Found, Found]]:
 
 
 def differences_table(a: Found, b: Found, *, seed: int) -> str:
-    """The difference of every metric that both have; "" if there is none."""
+    """The difference of every metric that both have; "" if they share no task."""
     rows = []
     for task in a.result:
         if task not in b.result:
             continue
-        check_questions(a, b, task)
+        if not same_questions(a, b, task):
+            rows.append([task, "not compared: other questions", *[""] * 6])
+            continue
         for name, value_a in a.result[task]["metrics"].items():
             value_b = b.result[task]["metrics"].get(name)
             metrics = (
@@ -60,22 +62,20 @@ def different_settings(a: Found, b: Found) -> list[str]:
     return sorted(name for name in names if a.settings.get(name) != b.settings.get(name))
 
 
-def check_questions(a: Found, b: Found, task: str) -> None:
-    """Raises ValueError where two records of a task are not over the same questions."""
+def same_questions(a: Found, b: Found, task: str) -> bool:
+    """Whether two records of a task are over the same questions, as with another --limit they are not."""
     asked = [[(line["doc_id"], line["doc"], line["target"]) for line in of.samples[task]] for of in (a, b)]
-    if asked[0] != asked[1]:
-        raise ValueError(
-            f"{a.file} and {b.file} are over other questions of {task}: {len(asked[0])} and {len(asked[1])}; run both "
-            "on the same data with the same --limit"
-        )
+    return asked[0] == asked[1]
 
 
 def disagreements(a: Found, b: Found, task: str, *, number: int, seed: int) -> list[Disagreement]:
-    """Questions on which the scores differ most, drawn where there are more than `number`.
+    """Questions on which the scores differ most, drawn where there are more than `number`; none of others' questions.
 
     The score is that of the first metric that scores single questions.
     """
-    found = []
+    found: list[Disagreement] = []
+    if not same_questions(a, b, task):
+        return found
     for line_a, line_b in zip(a.samples[task], b.samples[task], strict=True):
         for name, payload in line_a["metrics"].items():
             scores = score(payload), score(line_b["metrics"].get(name))

@@ -130,14 +130,8 @@ def _absolute(value: Path | list[Path] | None) -> Any:
     return None if value is None else str(value.resolve())
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Evaluates, writes, shows the tables; exits non-zero when a result is missing."""
-    setup_logging()
-    try:
-        options = _options(args)
-        asked = _asked(options)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(str(error)) from None
+def _run(options: argparse.Namespace, asked: Asked) -> tuple[list[Path], dict[str, str]]:
+    """Every model on every kind of pictures: their folders, and reasons of failure."""
     failed: dict[str, str] = {}
     outputs: list[Path] = []
     for number, (name, folder) in enumerate(options.model.items()):
@@ -159,6 +153,18 @@ def main(args: Sequence[str] | None = None) -> None:
             reasons = run.run(kind, outputs[-1], resume=options.resume)
             failed |= {f"{name}, {kind} pictures, {task}": reason for task, reason in reasons.items()}
         del run, lm
+    return outputs, failed
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Evaluates, writes, shows the tables; exits non-zero when a result is missing."""
+    setup_logging()
+    try:
+        options = _options(args)
+        asked = _asked(options)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from None
+    outputs, failed = _run(options, asked)
     if is_main():
         _show(outputs, options.output)
     if failed:

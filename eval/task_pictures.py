@@ -1,7 +1,6 @@
 """The pictures of questions that a run was asked, from its tasks' data."""
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,25 @@ class TaskPictures:
 
     def __init__(self, record: Found) -> None:
         self._settings = record.settings
-        self._task = cache(self._open)
+        self._tasks: dict[str, Any] = {}
 
     def of(self, line: dict[str, Any]) -> Sequence[Image.Image]:
         """The pictures of a line of samples.jsonl.
 
         Raises:
-            FileNotFoundError, ValueError: the task's data are not there any more, or are others.
+            ValueError: the task's data are others than when the model was asked.
+            Exception: they are not there any more, as whatever loads them says it.
         """
-        task = self._task(line["task"])
+        name = line["task"]
+        if name not in self._tasks:
+            try:
+                self._tasks[name] = self._open(name)
+            except Exception as error:
+                # lmms-eval may have tried for minutes: not again for the next question.
+                self._tasks[name] = error
+        task = self._tasks[name]
+        if isinstance(task, Exception):
+            raise task
         doc = task.eval_docs[line["doc_id"]]
         told = {key: value for key, value in doc.items() if isinstance(value, str | int | float)}
         if any(value != line["doc"].get(key) for key, value in told.items()):

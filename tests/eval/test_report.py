@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from eval.pairs import check_questions, disagreements, pairs
+from eval.pairs import differences_table, disagreements, pairs
 from eval.paper_tables import multimodal_table, published, zero_shot_table
 from eval.records import read_records
 from eval.report import escaped, main
@@ -143,9 +143,24 @@ def test_disagreements_are_those_that_differ_most_one_side_after_the_other(write
 
 
 def test_records_over_other_questions_are_not_compared(write):
-    a, b = read_records([write("a", {}, _lines([1, 0])), write("b", {}, _lines([1, 0], doc_id=5))])
-    with pytest.raises(ValueError, match=r"other questions of pope.*same data with the same --limit"):
-        check_questions(a, b, "pope")
+    result = {"pope": _entry({"score": 0.5}, 2)}
+    a, b = read_records([write("a", result, _lines([1, 0])), write("b", result, _lines([0, 1], doc_id=5))])
+    assert "| pope | not compared: other questions |" in differences_table(a, b, seed=0)
+    assert disagreements(a, b, "pope", number=3, seed=0) == []
+
+
+def test_a_report_whose_data_have_gone_says_so_instead_of_a_picture(write, tmp_path, capsys):
+    result = {"pope_scenes": _entry({"score": 0.5}, 2)}
+    settings = {"include_path": [], "data": str(tmp_path / "gone")}
+    files = [
+        write(name, result, _lines(scores, task="pope_scenes"), **settings)
+        for name, scores in (("a", [1, 0]), ("b", [1, 1]))
+    ]
+    main([*map(str, files), "--output", str(tmp_path / "report")])
+    assert "report.html" in capsys.readouterr().out
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert r"no picture: no pope\_test.jsonl in" in text
+    assert "| Is it? | yes | no | yes | B |" in text
 
 
 def test_an_answer_cannot_break_its_cell():
