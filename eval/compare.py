@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from eval.metrics import mcnemar
 from eval.record import read_record
-from eval.report import comparison_table
+from eval.tables import comparison_table
 from vision_moe.files import write_json
 from vision_moe.intervals import bootstrap_ratio_interval, bootstrap_ratio_intervals
 from vision_moe.retrieval import WAYS, Ranks, hits_by_picture

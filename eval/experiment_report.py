@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.arm_scores import Hits, difference, mean_of, summary
-from eval.report import percent, table
+from eval.tables import percent, table
 from vision_moe.intervals import bootstrap_ratio_intervals
 
 # Hits of every seed, by row of the table and by measure.

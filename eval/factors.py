@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eval.encoder import load_encoder
 from eval.record import emit, record
-from eval.report import factors_table
+from eval.tables import factors_table
 from vision_moe.data.captions import open_captions
 from vision_moe.factors import factor_accuracy
 from vision_moe.tracking import setup_logging

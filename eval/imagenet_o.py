@@ -18,7 +18,7 @@ from eval.imagenet import same_classes, wnid_folders
 from eval.labelled import LabelledPictures
 from eval.metrics import aupr, label_ranks, share
 from eval.record import emit, record
-from eval.report import imagenet_o_table
+from eval.tables import imagenet_o_table
 from eval.templates import templates
 from eval.zero_shot import classifier
 from vision_moe.embedding_cache import CachedEncoder

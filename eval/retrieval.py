@@ -7,7 +7,7 @@ from pathlib import Path
 from eval.encoder import load_encoder
 from eval.protocols import PROTOCOLS, Captioned, open_retrieval
 from eval.record import emit, questions_sha256, record
-from eval.report import retrieval_table
+from eval.tables import retrieval_table
 from vision_moe.embedding_cache import CachedEncoder
 from vision_moe.retrieval import Embeddings, all_captions, num_distinct_captions, ranks, recalls
 from vision_moe.tracking import setup_logging

@@ -19,7 +19,7 @@ import numpy as np
 
 from eval.arm_scores import Hits, cached, summary
 from eval.arms import run_trainer
-from eval.report import table
+from eval.tables import table
 from eval.yes_no import YesNoConfig, ask
 from mllm.caption_loss import CaptionLossConfig, sample_losses
 from mllm.captions_to_conversations import ConversionConfig, convert

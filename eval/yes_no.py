@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from eval.metrics import yes_no_scores
 from eval.record import emit, questions_sha256, record
-from eval.report import yes_no_table
+from eval.tables import yes_no_table
 from mllm.conversation import IMAGE_TOKEN
 from mllm.data.index import SampleIndex, image_names
 from mllm.generate import Question, load

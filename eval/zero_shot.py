@@ -18,7 +18,7 @@ from eval.imagenet import SETS, numbered_folders, objectnet, wnid_folders
 from eval.labelled import LabelledPictures, class_folders
 from eval.metrics import label_ranks, mean_per_class, share
 from eval.record import emit, questions_sha256, record
-from eval.report import zero_shot_table
+from eval.tables import zero_shot_table
 from eval.templates import templates
 from vision_moe.embedding_cache import CachedEncoder
 from vision_moe.tracking import setup_logging

@@ -7,8 +7,10 @@ fails when a result is missing.
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, get_args
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -17,6 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from mllm.blind import Pictures, blank, other_picture
 from mllm.generate import Chat, load
 from mllm.quantization import Quantization
 
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 # Of a task's generation_kwargs: what Chat.generate_batch takes, and what is seen to here.
 _SUPPORTED = frozenset({"max_new_tokens", "temperature", "top_p", "num_beams"})
 _HANDLED = frozenset({"until", "do_sample"})
+_LOG_EVERY_S = 60
 
 
 def manifest() -> ModelManifest:
@@ -39,14 +43,15 @@ class VisionMoeLlava(lmms):
     become one user turn with the pictures in front, in the template that the checkpoint was trained with.
 
     Args:
-        pretrained: folder of a model that mllm.train wrote.
+        pretrained: folder of a model that mllm.train wrote, or the model itself, which then keeps device and type.
         device: torch device; None lets `mllm.generate.load` choose, or takes the rank's GPU under a launcher.
         dtype: of the weights ("float32", "bfloat16"); None keeps the checkpoint's.
         batch_size: requests that are generated together.
         quantization: as `mllm.generate.load` ("4bit", "8bit"); None for none.
         max_new_tokens: cap on what a task asks for; None for no cap.
-        blank_images: replace every picture by one of the same size in the image processor's mean color: what is
-            then still answered right comes from the language and the balance of the questions, not from sight.
+        pictures: "own"; or a control in which every picture is replaced, by one of the same size in the image
+            processor's mean color ("blank") or by another one of its task ("shuffled"), see `mllm.blind`.
+        picture_seed: of "shuffled".
         max_batch_size: what lmms-eval's flag of this name gives; a cap on batch_size.
 
     Raises:
@@ -57,32 +62,43 @@ class VisionMoeLlava(lmms):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | Chat,
         device: str | None = None,
         dtype: str | None = None,
         batch_size: int | str = 1,
         quantization: Quantization | None = None,
         max_new_tokens: int | None = None,
-        blank_images: bool = False,
+        pictures: Pictures = "own",
+        picture_seed: int = 0,
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}")
+        if pictures not in get_args(Pictures):
+            raise ValueError(f"pictures must be one of {', '.join(get_args(Pictures))}, but got {pictures!r}")
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, but got {max_new_tokens}")
         self.batch_size = int(batch_size) if max_batch_size is None else min(int(batch_size), max_batch_size)
         local_rank = os.environ.get("LOCAL_RANK")
         if device is None and local_rank is not None and torch.cuda.is_available():
             device = f"cuda:{local_rank}"
-        self.chat: Chat = load(pretrained, dtype=dtype, device=device, quantization=quantization)
+        self.chat: Chat = (
+            load(pretrained, dtype=dtype, device=device, quantization=quantization)
+            if isinstance(pretrained, str)
+            else pretrained
+        )
         self.max_new_tokens = max_new_tokens
-        self.blank_images = blank_images
+        self.pictures: Pictures = pictures
+        self.picture_seed = picture_seed
 
     @property
     def device(self) -> torch.device:
         """Where the model is; lmms-eval gathers counts over ranks there."""
         return self.chat.model.device
+
+    def clean(self) -> None:
+        """Keeps the model, which the next task needs; lmms-eval would free what it holds, a training around it too."""
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers all requests, in their order; those of equal settings and similar length run together."""
@@ -90,14 +106,14 @@ class VisionMoeLlava(lmms):
         ignored = sorted({name for request in requests for name in request.args[1]} - _SUPPORTED - _HANDLED)
         if ignored:
             logger.warning("generation settings without effect here: %s", ", ".join(ignored))
-        with tqdm(total=len(requests), desc="answering", disable=self.rank != 0 or not sys.stderr.isatty()) as bar:
+        with self._progress(len(requests)) as advance:
             for batch in _batches(requests, self.batch_size):
                 settings = self._settings(requests[batch[0]].args[1])
                 conversations = [self._conversation(requests[index]) for index in batch]
                 texts = self.chat.generate_batch(conversations, **settings)
                 until = _until(requests[batch[0]].args[1])
                 answers.update(zip(batch, (_cut(text, until) for text in texts), strict=True))
-                bar.update(len(batch))
+                advance(len(batch))
         return [answers[index] for index in range(len(requests))]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -126,11 +142,33 @@ class VisionMoeLlava(lmms):
         if wrong:
             raise ValueError(f"task {task} brings {wrong[0]}; vision_moe_llava takes pictures only")
         images = [image.convert("RGB") for image in visuals]
-        if self.blank_images:
-            images = [Image.new("RGB", image.size, self._mean_color()) for image in images]
+        if self.pictures == "blank":
+            images = [blank(image, self._mean_color()) for image in images]
+        elif self.pictures == "shuffled":
+            documents = self.task_dict[task][split]
+            images = [other_picture(image, documents, doc_to_visual, seed=self.picture_seed) for image in images]
         # Some tasks place their pictures themselves.
         unplaced = max(0, len(images) - text.count("<image>"))
         return [{"role": "user", "content": "<image>\n" * unplaced + text}], images
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Callable[[int], object]]:
+        """A bar on a terminal, else a line of the log a minute; on the first rank."""
+        if self.rank == 0 and sys.stderr.isatty():
+            with tqdm(total=total, desc="answering") as bar:
+                yield bar.update
+            return
+        began = logged = time.monotonic()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done, logged
+            done, now = done + count, time.monotonic()
+            if now - logged > _LOG_EVERY_S:
+                logged = now
+                logger.info("answered %d of %d questions, %.2f a second", done, total, done / (now - began))
+
+        yield advance
 
     def _mean_color(self) -> tuple[int, ...]:
         return tuple(round(255 * mean) for mean in self.chat.processor.image_processor.image_mean)

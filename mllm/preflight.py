@@ -55,7 +55,7 @@ def preflight(trainer: LlavaTrainer, stage: StageConfig, folder: Path) -> None:
     plugin = trainer.accelerator.state.deepspeed_plugin
     zero_stage = None if plugin is None else int(plugin.zero_stage)
     device = trainer.args.device
-    with _generators_put_back():
+    with generators_put_back():
         estimate = estimate_memory(trainer.model, zero_stage, world_size())
         batch = _on_all_ranks(device, lambda: _check(trainer, stage, folder, estimate))
         if zero_stage == 3 and not _all_have_room(device, estimate.weights * world_size()):
@@ -222,7 +222,8 @@ def _non_finite_weights(model: nn.Module) -> str:
 
 
 @contextmanager
-def _generators_put_back() -> Iterator[None]:
+def generators_put_back() -> Iterator[None]:
+    """What is drawn in the block does not change what is drawn after it."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices):

@@ -24,6 +24,30 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Tasks of lmms-eval that the model is asked while it trains."""
+
+    tasks: tuple[str, ...] = ()
+    """Their names; none evaluates nothing."""
+    include_path: Path | None = None
+    """Folder of more task YAML files, such as the checkout's eval/tasks with pope_scenes."""
+    every: int = 500
+    """Steps between evaluations; there is one before the first step too, and one after the last."""
+    limit: int | None = 100
+    """The first so many questions of each task; None asks all."""
+    batch_size: int = 8
+    """Questions answered together."""
+    max_new_tokens: int = 16
+    """Cap on what the tasks ask for."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batch_size", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, but got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage of training: what trains, on what, how fast. Used for `pretrain` and for `finetune`."""
 
@@ -86,6 +110,8 @@ class StageConfig:
     """Several dialogues in a row instead of padding, each seeing itself only; the losses stay the same."""
     independent_turns: bool = False
     """Every question about a picture sees the picture, but no question and answer before it; not with packing."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """What is asked while the stage trains; not under ZeRO-3."""
 
     def __post_init__(self) -> None:
         if not self.enabled:
@@ -199,7 +225,7 @@ class LlavaConfig:
     """Trackers that get every entry of metrics.jsonl as well: tensorboard, wandb, trackio (docs/training.md)."""
     hang_timeout: int = 1800
     """Seconds without the end of a step after which the stacks of all threads are written to hang_rank*.txt in the
-    stage's folder and the process exits; saving a checkpoint must fit in. 0 waits for ever."""
+    stage's folder and the process exits; saving a checkpoint, and an evaluation, must fit in. 0 waits for ever."""
     seed: int = 0
     """Seed of everything."""
 
@@ -217,6 +243,12 @@ class LlavaConfig:
             raise ValueError(
                 f"independent_turns (stage {' and '.join(apart)}) needs attn_implementation eager or sdpa, but got "
                 f"{self.attn_implementation!r}"
+            )
+        asked = [name for name, stage in enabled_stages(self) if stage.evaluation.tasks]
+        if asked and zero_stage(self.deepspeed) == 3:
+            raise ValueError(
+                f"stage {' and '.join(asked)} evaluates while it trains, which ZeRO-3's split weights do not allow; "
+                f"choose deepspeed zero2 or none, or leave evaluation.tasks empty and evaluate the finished model"
             )
         quantised = [name for name, stage in enabled_stages(self) if stage.quantization is not None]
         if quantised and zero_stage(self.deepspeed) == 3:

@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from mllm.adapter import AdapterInfo, save_adapter
 from mllm.collate import BranchedCollator, LlavaCollator, PackedCollator
 from mllm.data import LlavaDataset
 from mllm.deepspeed_setup import keep_blocks_whole, zero_stage
+from mllm.evaluation import TaskEvaluation
+from mllm.generate import Chat
 from mllm.images import set_aspect_ratio
 from mllm.merge import merge_adapter
 from mllm.model import LlavaMoEForConditionalGeneration
@@ -72,6 +75,9 @@ class StageRunner:
         model = self._load(start, stage, args.device)
         trained = set_trainable(model, stage)
         trainer = self._trainer(name, stage, model, args, dataset, num_steps)
+        if stage.evaluation.tasks:
+            chat = partial(Chat, processor=self.processor, template=self.config.template)
+            trainer.add_callback(TaskEvaluation(trainer, stage.evaluation, chat))
         self._log_plan(name, stage, num_steps, trained)
         preflight(trainer, stage, folder / "checkpoints")
         checkpoint = last_checkpoint(folder / "checkpoints")

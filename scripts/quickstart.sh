@@ -64,9 +64,7 @@ bash scripts/llava_finetune.sh $recipe $llava_flags --vision "$output/encoder/dm
 
 step "5/6 POPE on Scenes through lmms-eval, with the pictures and with blank ones"
 $python -m eval.run --model "$output/llava/model" --tasks pope_scenes --data "$output/scenes" \
-    --output "$output/pope" $limit
-$python -m eval.run --model "$output/llava/model" --tasks pope_scenes --data "$output/scenes" \
-    --output "$output/pope_blank" --blank-images $limit
+    --output "$output/pope" --pictures own,blank $limit
 
 step "6/6 Report"
 $python scripts/quickstart_report.py --run "$output" --seconds $((SECONDS - started)) --command "$command"

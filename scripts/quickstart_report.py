@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     run: Path = args.run
     encoder = _read(run / "encoder" / "results.json")
-    answers, blank = (_read(run / name / "results.json") for name in ("pope", "pope_blank"))
+    answers, blank = (_read(run / name / "results.json") for name in ("pope", "pope/blank"))
     _plots(run, encoder)
     sections = [
         _head(args.command, args.seconds),

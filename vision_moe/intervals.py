@@ -72,6 +72,31 @@ def bootstrap_ratio_intervals(
     return [_percentiles(ratios_b) for ratios_b in ratios_bR.T]
 
 
+def bootstrap_ratio_difference_interval(
+    a: tuple[NDArray[np.float64], NDArray[np.float64]],
+    b: tuple[NDArray[np.float64], NDArray[np.float64]],
+    *,
+    seed: int,
+    num_resamples: int = 1000,
+) -> tuple[float, float]:
+    """Of what `bootstrap_ratio_interval` takes two of, B less A: every drawing of the units serves both.
+
+    Args:
+        a: numerators and denominators of A, float[R, N].
+        b: those of B, over the same N units in the same order.
+        seed: of the resampling.
+        num_resamples: how often.
+
+    Raises:
+        ValueError: if the shapes differ or there is no unit.
+    """
+    if a[0].shape != b[0].shape:
+        raise ValueError(f"need as many ratios and units of both, but got {a[0].shape} and {b[0].shape}")
+    # Equal seeds draw equal units.
+    ratios_a_bR, ratios_b_bR = (_resampled_ratios(*of, seed, num_resamples) for of in (a, b))
+    return _percentiles(ratios_b_bR.mean(axis=1) - ratios_a_bR.mean(axis=1))
+
+
 def bootstrap_mean_share_interval(
     hits_C: NDArray[np.int64], sizes_C: NDArray[np.int64], *, seed: int, num_resamples: int = 1000
 ) -> tuple[float, float]:

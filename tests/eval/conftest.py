@@ -57,7 +57,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llava_folder(tmp_path_factory):
-    """A LLaVA with random weights."""
+    """A LLaVA with random weights; its language model lies beside it, in `llama`."""
     texts = ["Is there a red wall in the image? Yes. No.", "Answer the question using a single word or phrase."]
     sizes = ScratchConfig(
         image_size=32, patch_size=16, hidden_size=32, num_vision_layers=2, num_text_layers=1, num_heads=2
@@ -75,4 +75,6 @@ def llava_folder(tmp_path_factory):
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    return assemble(clip, llama, tokenizer, tmp_path_factory.mktemp("llava") / "model")
+    folder = tmp_path_factory.mktemp("llava")
+    llama.save_pretrained(folder / "llama")
+    return assemble(clip, llama, tokenizer, folder / "model")

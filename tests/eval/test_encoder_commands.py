@@ -185,7 +185,8 @@ def test_report_shows_a_table_of_each_record_in_a_folder(model_folder, shards, t
     capsys.readouterr()
     report_main([str(tmp_path)])
     shown = capsys.readouterr().out
-    assert "## retrieval" in shown
+    assert "## Retrieval" in shown
+    assert "no protocol" in shown
     assert "| color |" in shown
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from eval.report import render
+from eval.report import main as report
 from eval.yes_no import YesNoConfig, ask, main
 from mllm.generate import load
 
@@ -48,7 +48,9 @@ def test_the_command_leaves_a_record_with_its_samples(llava_folder, dialogues, t
     assert written["result"]["accuracy"]["n"] == 2
     assert written["result"]["true_yes_ratio"] == 0.5
     assert output.with_suffix(".samples.safetensors").is_file()
-    assert render(written) in capsys.readouterr().out
+    shown = capsys.readouterr().out.strip()
+    report([str(output)])
+    assert shown in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("answer", "image", "message"), [("Maybe", "0.png", "Yes or No"), ("Yes", [], "one picture")])
