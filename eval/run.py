@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lmms_eval.tasks
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
@@ -40,7 +41,9 @@ def task_manager(tasks: Sequence[str], include_path: Path = TASKS) -> TaskManage
     if set(tasks) <= set(ours.all_tasks):
         return ours
     # Indexing lmms-eval's own two thousand YAML files takes a while.
-    everything = TaskManager("WARNING", include_path=str(include_path))
+    # Of two tasks of one name the first that is indexed counts, so a mirror can stand in for lmms-eval's own.
+    built_in = str(Path(lmms_eval.tasks.__file__).parent)
+    everything = TaskManager("WARNING", include_path=[str(include_path), built_in], include_defaults=False)
     unknown = sorted(set(tasks) - set(everything.all_tasks))
     if unknown:
         raise ValueError(

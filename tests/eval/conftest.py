@@ -1,12 +1,14 @@
-"""A small POPE on plain pictures, in the form of Scenes, and a tiny CLIP in a folder."""
+"""A small POPE on plain pictures, in the form of Scenes; a tiny CLIP and a tiny LLaVA in folders."""
 
 import json
 
 import pytest
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from mllm.assemble import assemble
 from vision_moe.recipe import ScratchConfig
-from vision_moe.scratch import build_clip
+from vision_moe.scratch import build_clip, train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +53,26 @@ def model_folder(tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def llava_folder(tmp_path_factory):
+    """An untrained LLaVA: a CLIP of width 32 for pictures of 32 pixels and a Llama of width 64."""
+    texts = ["Is there a red wall in the image? Yes. No.", "Answer the question using a single word or phrase."]
+    sizes = ScratchConfig(
+        image_size=32, patch_size=16, hidden_size=32, num_vision_layers=2, num_text_layers=1, num_heads=2
+    )
+    clip, _ = build_clip(sizes, texts, seed=0)
+    tokenizer = train_tokenizer(texts, 400, 512)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    return assemble(clip, llama, tokenizer, tmp_path_factory.mktemp("llava") / "model")

@@ -8,37 +8,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.run import main
-from mllm.assemble import assemble
 from mllm.generate import load
-from vision_moe.recipe import ScratchConfig
-from vision_moe.scratch import build_clip, train_tokenizer
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def llava_folder(tmp_path_factory):
-    texts = ["Is there a red wall in the image? Yes. No.", "Answer the question using a single word or phrase."]
-    sizes = ScratchConfig(
-        image_size=32, patch_size=16, hidden_size=32, num_vision_layers=2, num_text_layers=1, num_heads=2
-    )
-    clip, _ = build_clip(sizes, texts, seed=0)
-    tokenizer = train_tokenizer(texts, 400, 512)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    return assemble(clip, llama, tokenizer, tmp_path_factory.mktemp("llava") / "model")
 
 
 def test_answers_are_those_of_the_chat_model(llava_folder, pope_folder, tmp_path):
