@@ -1,11 +1,7 @@
 """The judge against a server in this process that answers by a script: what is retried, counted, cached and refused."""
 
 import importlib
-import json
-import threading
-import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,72 +9,17 @@ import pytest
 from eval.tasks.judged import llava_bench, mmbench, mmvet
 from eval.tasks.judged.judge import Judge, JudgeConfig, JudgeError, failed
 
-Reply = tuple[int, str] | float
-
-
-def said(text: object) -> Reply:
-    """A proper answer."""
-    return 200, json.dumps({"model": "stub-1", "choices": [{"index": 0, "message": {"content": text}}]})
-
-
-class Stub:
-    """An endpoint: `script` has the replies to questions in turn, the last one for ever; a number is a pause."""
-
-    def __init__(self) -> None:
-        self.script: list[Reply] = [said("1")]
-        self.models: tuple[int, str] = (200, json.dumps({"object": "list", "data": []}))
-        self.asked: list[dict[str, object]] = []
-        self.keys: list[str | None] = []
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self._send(*stub.models)
-
-            def do_POST(self) -> None:
-                content = self.rfile.read(int(self.headers["Content-Length"]))
-                stub.asked.append(json.loads(content))
-                stub.keys.append(self.headers["Authorization"])
-                reply = stub.script.pop(0) if len(stub.script) > 1 else stub.script[0]
-                if isinstance(reply, float):
-                    time.sleep(reply)
-                    reply = said("late")
-                self._send(*reply)
-
-            def _send(self, status: int, body: str) -> None:
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Type", "application/json")
-                    # The client then does not wait as long as it would.
-                    self.send_header("retry-after-ms", "1")
-                    self.end_headers()
-                    self.wfile.write(body.encode())
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # the client gave up waiting
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
 
 @pytest.fixture
-def stub():
-    stub = Stub()
-    yield stub
-    stub.close()
-
-
-@pytest.fixture
-def make_judge(stub: Stub, tmp_path: Path) -> Callable[..., Judge]:
+def make_judge(judge_endpoint, tmp_path: Path) -> Callable[..., Judge]:
     def make(**changes: object) -> Judge:
-        settings = {"url": stub.url, "model": "stub", "cache": tmp_path / "cache", "timeout": 5.0, "max_retries": 2}
+        settings = {
+            "url": judge_endpoint.url,
+            "model": "stub",
+            "cache": tmp_path / "cache",
+            "timeout": 5.0,
+            "max_retries": 2,
+        }
         return Judge(JudgeConfig(**{**settings, **changes}))
 
     return make
@@ -91,87 +32,92 @@ def number(text: str) -> float | None:
         return None
 
 
-def test_an_answer_is_kept_and_a_second_run_asks_nothing(stub, make_judge):
-    stub.script = [said("0.5")]
+def test_an_answer_is_kept_and_a_second_run_asks_nothing(judge_endpoint, make_judge):
+    judge_endpoint.script = [judge_endpoint.said("0.5")]
     first = make_judge(key="secret")
     first.preflight()
     assert first.ask("How good?", number).value == 0.5
-    assert len(stub.asked) == 2
-    assert stub.keys == ["Bearer secret"] * 2
-    assert stub.asked[1]["messages"] == [{"role": "user", "content": "How good?"}]
-    assert stub.asked[1]["temperature"] == 0
+    assert len(judge_endpoint.asked) == 2
+    assert judge_endpoint.keys == ["Bearer secret"] * 2
+    assert judge_endpoint.asked[1]["messages"] == [{"role": "user", "content": "How good?"}]
+    assert judge_endpoint.asked[1]["temperature"] == 0
     second = make_judge()
     second.preflight()
     verdict = second.ask("How good?", number)
     assert (verdict.value, verdict.model) == (0.5, "stub-1")
-    assert len(stub.asked) == 2
+    assert len(judge_endpoint.asked) == 2
     assert second.record["cached"] == 1
     assert second.record["answered_by"] == ["stub-1"]
     # Another model, another judge.
     make_judge(model="other").ask("How good?", number)
-    assert len(stub.asked) == 3
+    assert len(judge_endpoint.asked) == 3
 
 
-def test_failures_of_the_server_are_tried_again(stub, make_judge):
-    stub.script = [(429, "{}"), (500, "oops"), said("1")]
+def test_failures_of_the_server_are_tried_again(judge_endpoint, make_judge):
+    judge_endpoint.script = [(429, "{}"), (500, "oops"), judge_endpoint.said("1")]
     judge = make_judge()
     assert judge.ask("?", number).value == 1
-    assert len(stub.asked) == 3
+    assert len(judge_endpoint.asked) == 3
 
 
-def test_a_request_that_takes_too_long_is_tried_again(stub, make_judge):
-    stub.script = [1.0, said("1")]
+def test_a_request_that_takes_too_long_is_tried_again(judge_endpoint, make_judge):
+    judge_endpoint.script = [1.0, judge_endpoint.said("1")]
     assert make_judge(timeout=0.2).ask("?", number).value == 1
-    assert len(stub.asked) == 2
+    assert len(judge_endpoint.asked) == 2
 
 
-def test_nonsense_is_asked_again_warmer_and_then_counted_and_not_kept(stub, make_judge):
+def test_nonsense_is_asked_again_warmer_and_then_counted_and_not_kept(judge_endpoint, make_judge):
     judge = make_judge()
     bodies = ["not JSON", "{}", '{"choices": [{}]}']
-    nonsense = [said("I cannot say"), said(None), said("  "), *((200, body) for body in bodies)]
+    nonsense = [
+        judge_endpoint.said("I cannot say"),
+        judge_endpoint.said(None),
+        judge_endpoint.said("  "),
+        *((200, body) for body in bodies),
+    ]
     for index, reply in enumerate(nonsense):
-        stub.script, stub.asked = [reply], []
+        judge_endpoint.script, judge_endpoint.asked = [reply], []
         verdict = judge.ask(f"{index}?", number)
         assert verdict.value is None
         assert verdict.reason
-        assert [asked["temperature"] for asked in stub.asked] == [0, 0.5, 1.0]
+        assert [asked["temperature"] for asked in judge_endpoint.asked] == [0, 0.5, 1.0]
         assert judge.record["failed"] == index + 1
-    stub.script = [said("1")]
+    judge_endpoint.script = [judge_endpoint.said("1")]
     assert judge.ask("0?", number).value == 1
 
 
-def test_a_refused_key_is_an_error_at_once(stub, make_judge):
-    stub.script = [(401, "{}")]
+def test_a_refused_key_is_an_error_at_once(judge_endpoint, make_judge):
+    judge_endpoint.script = [(401, "{}")]
     with pytest.raises(JudgeError, match="VISION_MOE_JUDGE_URL, _MODEL and _KEY"):
         make_judge().ask("?", number)
-    assert len(stub.asked) == 1
+    assert len(judge_endpoint.asked) == 1
 
 
-def test_a_judge_that_has_gone_ends_the_task_instead_of_failing_every_question(stub, make_judge):
-    stub.script = [(503, "{}")]
+def test_a_judge_that_has_gone_ends_the_task_instead_of_failing_every_question(judge_endpoint, make_judge):
+    judge_endpoint.script = [(503, "{}")]
     judge = make_judge(max_retries=0)
     assert [judge.ask(f"{index}?", number).value for index in range(4)] == [None] * 4
     with pytest.raises(JudgeError, match=r"no answer 5 times in a row.*503"):
         judge.ask("4?", number)
 
 
-def test_preflight_fails_where_the_judge_does_not_answer(stub, make_judge):
-    stub.models = (404, "{}")
+def test_preflight_fails_where_the_judge_does_not_answer(judge_endpoint, make_judge):
+    judge_endpoint.models = (404, "{}")
     make_judge().preflight()
-    stub.script = [(404, '{"error": {"message": "no model stub"}}')]
+    judge_endpoint.script = [(404, '{"error": {"message": "no model stub"}}')]
     with pytest.raises(JudgeError, match="no model stub"):
         make_judge().preflight()
-    stub.script, stub.models = [said("1")], (401, "{}")
+    judge_endpoint.script, judge_endpoint.models = [judge_endpoint.said("1")], (401, "{}")
     with pytest.raises(JudgeError, match="AuthenticationError"):
         make_judge().preflight()
     with pytest.raises(JudgeError, match="cannot be asked"):
         make_judge(url="http://127.0.0.1:9/v1", max_retries=0).preflight()
 
 
-def test_a_judge_that_has_gone_is_no_error_while_the_cache_knows(stub, make_judge):
+def test_a_judge_that_has_gone_is_no_error_while_the_cache_knows(judge_endpoint, make_judge):
     judge = make_judge(max_retries=0)
     judge.ask("?", number)
-    stub.close()
+    judge_endpoint.close()
     again = make_judge(max_retries=0)
     again.preflight()
     assert again.ask("?", number).value == 1
@@ -197,49 +143,57 @@ def test_few_failures_are_counted_and_more_are_an_error():
 MMVET_DOC = {"question": "What is x?", "answer": "-1<AND>-5", "capability": "ocr,math"}
 
 
-def test_mmvet_grades_by_capability_and_a_failed_grade_is_no_zero(stub, make_judge):
-    stub.script = [said("0.4 | because")]
+def test_mmvet_grades_by_capability_and_a_failed_grade_is_no_zero(judge_endpoint, make_judge):
+    judge_endpoint.script = [judge_endpoint.said("0.4 | because")]
     judge = make_judge()
     found = mmvet.process(MMVET_DOC, ["x = 3"], judge)
     judged = found.pop("judge")
     assert found == {"judge_failed": 0, "gpt_eval_score": 40.0, "ocr": 40.0, "math": 40.0}
     assert judged["answer"] == "0.4 | because"
-    prompt = stub.asked[0]["messages"][0]["content"]
+    prompt = judge_endpoint.asked[0]["messages"][0]["content"]
     assert prompt.startswith("Compare the ground truth and prediction from AI models")
     assert prompt.endswith("\nWhat is x? | -1 <AND> -5 | x = 3 | ")
     assert "gpt_query_prompt | Ground truth" in prompt
-    stub.script = [said("1.5")]
+    judge_endpoint.script = [judge_endpoint.said("1.5")]
     found = mmvet.process_official(MMVET_DOC, ["x = 4"], judge)
     assert found.pop("judge")["value"] is None
     assert found == {"judge_failed": 1}
-    assert "\n\nQuestion | Ground truth | Prediction | Correctness\n" in stub.asked[-1]["messages"][0]["content"]
+    assert (
+        "\n\nQuestion | Ground truth | Prediction | Correctness\n" in judge_endpoint.asked[-1]["messages"][0]["content"]
+    )
 
 
-def test_llava_bench_is_the_ratio_of_totals(stub, make_judge):
+def test_llava_bench_is_the_ratio_of_totals(judge_endpoint, make_judge):
     doc = {"question": "Why?", "gpt_answer": "So.", "caption": "A hill.", "category": "conv"}
-    stub.script = [said("8 6\nThe first is better."), said("10, 3\n"), said("9"), said("11 2"), said("one two")]
+    judge_endpoint.script = [
+        judge_endpoint.said("8 6\nThe first is better."),
+        judge_endpoint.said("10, 3\n"),
+        judge_endpoint.said("9"),
+        judge_endpoint.said("11 2"),
+        judge_endpoint.said("one two"),
+    ]
     judge = make_judge()
     pairs = [llava_bench.process(doc, [answer], judge)["gpt_eval_llava_conv"] for answer in ("a", "b")]
     assert pairs == [[8.0, 6.0], [10.0, 3.0]]
     # (6 + 3) / (8 + 10)
     assert llava_bench.relative_score(pairs) == 50.0
     assert llava_bench.process(doc, ["c"], judge)["judge_failed"] == 1
-    assert "[Assistant 2]\na\n\n[End of Assistant 2]" in stub.asked[0]["messages"][0]["content"]
+    assert "[Assistant 2]\na\n\n[End of Assistant 2]" in judge_endpoint.asked[0]["messages"][0]["content"]
 
 
 MMBENCH_DOC = {"question": "What is it?", "A": "a cat", "B": "a dog", "C": "nan", "D": "nan", "answer": "B", "index": 7}
 
 
-def test_mmbench_asks_the_judge_only_where_the_rules_find_no_option(stub, make_judge):
+def test_mmbench_asks_the_judge_only_where_the_rules_find_no_option(judge_endpoint, make_judge):
     judge = make_judge()
     right = mmbench.process(MMBENCH_DOC, ["B"], judge)
     assert right == {"gpt_eval_score": {"question": 7, "right": True}, "judge_failed": 0}
     assert mmbench.process(MMBENCH_DOC, ["Clearly a cat"], judge)["gpt_eval_score"]["right"] is False
-    assert not stub.asked
-    stub.script = [said("B")]
+    assert not judge_endpoint.asked
+    judge_endpoint.script = [judge_endpoint.said("B")]
     rotated = mmbench.process({**MMBENCH_DOC, "index": 1_000_007}, ["a hound"], judge)
     assert rotated["gpt_eval_score"] == {"question": 7, "right": True}
-    stub.script = [said("whatever")]
+    judge_endpoint.script = [judge_endpoint.said("whatever")]
     unread = mmbench.process(MMBENCH_DOC, ["a beast"], judge)
     assert (unread["gpt_eval_score"]["right"], unread["judge_failed"]) == (None, 1)
 

@@ -24,6 +24,7 @@ import openai
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.llm_judge import ServerConfig
 from lmms_eval.llm_judge.providers.openai import build_sampling_kwargs
+from lmms_eval.models.model_utils.usage_metrics import log_usage
 
 from vision_moe.files import write_json
 
@@ -185,7 +186,10 @@ class Judge:
             content = ""
         if not content:
             raise ValueError(f"no text in the endpoint's answer {str(response)[:200]!r}")
-        return content, response.model or self._config.model
+        model = response.model or self._config.model
+        if usage := response.usage:
+            log_usage(model, None, usage.prompt_tokens or 0, usage.completion_tokens or 0, source="judge")
+        return content, model
 
     def _count(self, kind: str, verdict: Verdict) -> Verdict:
         with self._lock:

@@ -1,0 +1,360 @@
+"""Every task of the paper's table on stand-in data in the columns of its Hub data, through eval.mirror and eval.run.
+
+The pictures differ in color, and the stand-in model looks the right answer up by it: each task must give full marks.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from datasets import Features, Image, List, Value
+from PIL import Image as Pictures
+
+from eval.mirror import MirrorConfig, mirror
+from eval.run import main, task_manager
+
+COLORS = [(60 * index, 0, 255 - 60 * index) for index in range(4)]
+OPTIONS = {"A": "a cat", "B": "a dog", "C": "a cow", "D": "a hen"}
+CHOICES = {f"choice_{letter.lower()}": text for letter, text in OPTIONS.items()}
+VQAV2_ANSWERS = List({"answer": Value("string"), "answer_confidence": Value("string"), "answer_id": Value("int64")})
+MMVET = [
+    {"question_id": f"v1_{index}", "question": "x?", "answer": "5", "image_source": "", "capability": capabilities}
+    for index, capabilities in enumerate(["ocr,math", "rec"])
+]
+MMBENCH = {"question": "What is it?", "hint": "nan", **OPTIONS, "category": "coarse", "L2-category": "x", "source": "y"}
+SCIENCEQA = {"choices": ["a cat", "a dog"], "hint": "", "task": "closed choice", "lecture": "", "solution": ""}
+
+# By task: the split, the subset, the rows (the picture of row i has color i unless the row has its own), what answers
+# them right, and the metrics that then have full marks.
+TASKS = {
+    "mme": (
+        ("test", None),
+        [
+            {
+                "question_id": f"{name}/1.png",
+                "question": f"Is it {x}? Please answer yes or no.",
+                "answer": x,
+                "category": name,
+            }
+            for name in ("existence", "code_reasoning")
+            for x in ("Yes", "No")
+        ],
+        ["Yes", "No"] * 2,
+        {"mme_perception_score": 200, "mme_cognition_score": 200},
+    ),
+    "pope": (
+        ("test", None),
+        [
+            {
+                "id": str(index),
+                "question_id": str(index),
+                "question": "Is it?",
+                "answer": x,
+                "image_source": "a",
+                "category": c,
+            }
+            for index, (c, x) in enumerate(
+                [("random", "yes"), ("random", "no"), ("popular", "yes"), ("adversarial", "no")]
+            )
+        ],
+        ["yes", "no", "yes", "no"],
+        {"pope_accuracy": 1, "pope_f1_score": 1},
+    ),
+    "pope_llava": (
+        ("test", None),
+        [
+            {"question_id": index, "question": "Is it?", "answer": x, "category": c}
+            for index, (c, x) in enumerate(
+                [("random", "yes"), ("random", "no"), ("popular", "yes"), ("adversarial", "yes")]
+            )
+        ],
+        ["Yes, there is. No doubt", "There is no such thing", "Maybe", "Sure"],
+        {"f1": 1, "accuracy": 1, "yes_ratio": 2.5 / 3, "f1_random": 1},
+    ),
+    "mmbench_en_dev_static": (
+        ("dev", "en"),
+        [
+            {"index": 3, "answer": "B", "split": "dev", **MMBENCH},
+            {"index": 1000003, "answer": "A", "split": "dev", **MMBENCH},
+        ],
+        ["B", "A."],
+        {"gpt_eval_score": 100},
+    ),
+    "vizwiz_vqa_val": (
+        ("val", None),
+        [{"question_id": "VizWiz_val_0", "question": "What is it?", "answers": ["a can"] * 10, "category": "other"}],
+        ["Can"],
+        {"exact_match": 1},
+    ),
+    "mmstar": (
+        ("val", None),
+        [
+            {
+                "index": 0,
+                "question": "Which? Options: A: x, B: y",
+                "answer": "B",
+                "category": category,
+                "l2_category": "recognition",
+            }
+            for category in ("math", "logical reasoning")
+        ],
+        ["B", "(B)"],
+        {"average": 1, "math": 1},
+    ),
+    "ocrbench": (
+        ("test", None),
+        [
+            {
+                "dataset": "IIIT5K",
+                "question": "What is written?",
+                "question_type": "Regular Text Recognition",
+                "answer": ["CENTRE"],
+            }
+        ],
+        ["the word is centre"],
+        {"ocrbench_accuracy": 1 / 1000},
+    ),
+    "vqav2_val": (
+        ("validation", None),
+        [
+            {
+                "question_type": "what",
+                "multiple_choice_answer": "red",
+                "answers": [{"answer": "red", "answer_confidence": "yes", "answer_id": index} for index in range(10)],
+                "image_id": 1,
+                "answer_type": "other",
+                "question_id": 1,
+                "question": "What color?",
+            }
+        ],
+        ["red"],
+        {"exact_match": 1},
+    ),
+    "textvqa_val": (
+        ("validation", None),
+        [
+            {
+                "image_id": "a",
+                "question_id": 1,
+                "question": "What does iPhone say?",
+                "answers": ["hi"] * 10,
+                "ocr_tokens": ["hi"],
+            }
+        ],
+        ["Hi."],
+        {"exact_match": 1},
+    ),
+    "textvqa_val_ocr": (
+        ("validation", None),
+        [
+            {
+                "image_id": "a",
+                "question_id": 1,
+                "question": "What does iPhone say?",
+                "answers": ["hi"] * 10,
+                "ocr_tokens": ["hi"],
+            }
+        ],
+        ["hi"],
+        {"exact_match": 1},
+    ),
+    "scienceqa_img": (
+        ("test", "ScienceQA-IMG"),
+        [{"question": "Which?", "answer": index, **SCIENCEQA} for index in (1, 0)],
+        ["B", "A. a cat"],
+        {"exact_match": 1},
+    ),
+    "seedbench": (
+        ("test", None),
+        [
+            {"question": "Which?", "answer": "C", "data_type": kind, "question_id": kind, "image": [index], **CHOICES}
+            for index, kind in enumerate(("image", "video"))
+        ],
+        ["C. a cow", "C"],
+        {"seed_all": 1, "seed_image": 1},
+    ),
+    "mmvet_judge": (("test", None), MMVET, ["5", "five"], {"gpt_eval_score": 100, "ocr": 100, "judge_failed": 0}),
+    "mmvet_llava": (("test", None), MMVET, ["5", "five"], {"gpt_eval_score": 100, "rec": 100, "judge_failed": 0}),
+    "mmbench_en_dev_judge": (
+        ("dev", "en"),
+        [{"index": index, "answer": "B", "split": "dev", **MMBENCH} for index in (3, 1000003)],
+        ["B", "a hound"],
+        {"gpt_eval_score": 100, "judge_failed": 0},
+    ),
+    "llava_in_the_wild_judge": (
+        ("train", None),
+        [{"question_id": 0, "question": "Where?", "gpt_answer": "There.", "caption": "A hill.", "category": "conv"}],
+        ["Here."],
+        {"gpt_eval_llava_all": 50, "gpt_eval_llava_conv": 50, "judge_failed": 0},
+    ),
+}
+# In the default suite: one of each kind of our own.
+FAST = ["mmvet_llava", "pope_llava"]
+
+
+class LookupChat:
+    """Answers by the color of the first picture."""
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.prompts = []
+        self.model = SimpleNamespace(device=torch.device("cpu"))
+        self.processor = SimpleNamespace(image_processor=SimpleNamespace(image_mean=[0.5, 0.5, 0.5]))
+
+    def generate_batch(self, conversations, **settings):
+        self.prompts += [messages[0]["content"] for messages, _ in conversations]
+        return [self.answers[COLORS.index(images[0].getpixel((0, 0)))] for _, images in conversations]
+
+
+def picture(index):
+    return Pictures.new("RGB", (8, 8), COLORS[index])
+
+
+def write_stand_in(folder, split, subset, rows):
+    """Parquet named and typed as on the Hub."""
+    rows = [dict(row) for row in rows]
+    for index, row in enumerate(rows):
+        row["image"] = [picture(color) for color in row["image"]] if "image" in row else picture(index)
+    image = List(Image()) if isinstance(rows[0]["image"], list) else Image()
+    inferred = datasets.Dataset.from_list([{k: v for k, v in row.items() if k != "image"} for row in rows]).features
+    features = Features({**inferred, "image": image})
+    if "multiple_choice_answer" in features:
+        features["answers"] = VQAV2_ANSWERS
+    data = datasets.Dataset.from_list(rows, features=features)
+    (folder / (subset or "data")).mkdir(parents=True)
+    data.to_parquet(folder / (subset or "data") / f"{split}-00000-of-00001.parquet")
+
+
+def write_gqa(folder):
+    """GQA's pictures lie in another subset than its questions."""
+    question = {"id": "201", "imageId": "n1", "question": "Is it red?", "answer": "yes", "fullAnswer": "Yes."}
+    tables = {
+        "instructions": datasets.Dataset.from_list([question]),
+        "images": datasets.Dataset.from_list(
+            [{"id": "n1", "image": picture(0)}], features=Features({"id": Value("string"), "image": Image()})
+        ),
+    }
+    for name, table in tables.items():
+        (folder / f"testdev_balanced_{name}").mkdir(parents=True)
+        table.to_parquet(folder / f"testdev_balanced_{name}" / "testdev-00000-of-00001.parquet")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """lmms-eval's tasks write submission files into the working directory."""
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _judge(judge_endpoint, tmp_path, monkeypatch):
+    """A judge that is pleased with everything, in the form that each benchmark asks for."""
+
+    def reply(prompt):
+        if "most similar to the answer" in prompt:
+            return judge_endpoint.said("B")
+        return judge_endpoint.said("8 4" if "[System]" in prompt else "1.0")
+
+    judge_endpoint.script = [reply]
+    monkeypatch.setenv("VISION_MOE_JUDGE_URL", judge_endpoint.url)
+    monkeypatch.setenv("VISION_MOE_JUDGE_MODEL", "stub")
+    monkeypatch.setenv("VISION_MOE_JUDGE_CACHE", str(tmp_path / "judge"))
+
+
+@pytest.fixture
+def mirrors(tmp_path):
+    """mirrors(*tasks) -> folder of mirrors of stand-in data."""
+
+    def make(*tasks):
+        for name in tasks:
+            data = tmp_path / "hub" / name
+            if name == "gqa":
+                write_gqa(data)
+            else:
+                (split, subset), rows, _, _ = TASKS[name]
+                write_stand_in(data, split, subset, rows)
+            mirror(MirrorConfig(data=data, tasks=[name], output=tmp_path / "mirrors"))
+        return tmp_path / "mirrors"
+
+    return make
+
+
+def run(model, output, include_path, tasks, *flags):
+    names = ",".join(f"{name}_local" for name in tasks)
+    main(
+        ["--model", str(model), "--output", str(output), "--include-path", str(include_path), "--tasks", names, *flags]
+    )
+    return json.loads((output / "results.json").read_text())["result"]
+
+
+@pytest.fixture
+def chat_folder(tmp_path, monkeypatch):
+    """chat_folder(answers) -> a LookupChat, and the folder that loads as it."""
+
+    def make(answers):
+        chat = LookupChat(answers)
+        monkeypatch.setattr("mllm.lmms_adapter.load", lambda *args, **kwargs: chat)
+        folder = tmp_path / "model"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        return chat, folder
+
+    return make
+
+
+def check_full_marks(name, mirrors, chat_folder, tmp_path):
+    _, rows, answers, expected = TASKS[name]
+    chat, model = chat_folder(answers)
+    found = run(model, tmp_path / "output", mirrors(name), [name])[f"{name}_local"]
+    assert {metric: found["metrics"][metric] for metric in expected} == pytest.approx(expected)
+    assert found["n"] == len(rows)
+    return chat
+
+
+def test_textvqa_with_ocr_words_on_stand_in_data(mirrors, chat_folder, tmp_path):
+    chat = check_full_marks("textvqa_val_ocr", mirrors, chat_folder, tmp_path)
+    assert chat.prompts == [
+        "<image>\nWhat does iPhone say?\nReference OCR token: hi\nAnswer the question using a single word or phrase."
+    ]
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_task_gives_full_marks_on_stand_in_data(name, mirrors, chat_folder, tmp_path):
+    check_full_marks(name, mirrors, chat_folder, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {*FAST, "textvqa_val_ocr"}))
+def test_every_task_gives_full_marks_on_stand_in_data(name, mirrors, chat_folder, tmp_path):
+    check_full_marks(name, mirrors, chat_folder, tmp_path)
+
+
+def test_a_judge_that_is_not_there_is_an_error_before_the_model_is_asked(
+    mirrors, chat_folder, tmp_path, judge_endpoint
+):
+    chat, model = chat_folder(["5", "five"])
+    folder = mirrors("mmvet_llava")
+    judge_endpoint.script = [(401, "{}")]
+    with pytest.raises(SystemExit, match=r"the judge 'stub' at .* cannot be asked: AuthenticationError"):
+        run(model, tmp_path / "output", folder, ["mmvet_llava"])
+    assert chat.prompts == []
+
+
+@pytest.mark.slow
+def test_a_mirror_of_the_same_name_stands_in_for_lmms_evals_own_task():
+    write_stand_in(Path("hub"), "test", None, TASKS["pope"][1])
+    mirror(MirrorConfig(data=Path("hub"), tasks=["pope"], output=Path("same"), suffix=""))
+    manager = task_manager(["pope", "mme"], Path("same"))
+    assert manager.load_task_or_group("pope")["pope"].config.dataset_path == "parquet"
+
+
+@pytest.mark.slow
+def test_a_real_llava_gets_a_number_from_every_task(llava_folder, mirrors, tmp_path):
+    tasks = [*TASKS, "gqa"]
+    flags = ["--max-new-tokens", "3", "--device", "cpu"]
+    found = run(llava_folder, tmp_path / "output", mirrors(*tasks), tasks, *flags)
+    assert sorted(found) == sorted(f"{name}_local" for name in tasks)
+    assert all(entry["metrics"] and entry["first_prompt"] for entry in found.values())
