@@ -1,13 +1,20 @@
 """The judge against a server in this process that answers by a script: what is retried, counted, cached and refused."""
 
 import importlib
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.tasks.judged import llava_bench, mmbench, mmvet
 from eval.tasks.judged.judge import Judge, JudgeConfig, JudgeError, failed
+from mllm.tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -216,3 +223,38 @@ def test_the_grading_prompt_is_the_one_that_lmms_eval_asks_with(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     module = importlib.import_module("lmms_eval.tasks.mmvet.utils")
     assert mmvet._examples() == module.MM_VET_PROMPT
+
+
+@pytest.mark.slow
+def test_a_model_served_by_transformers_can_be_the_judge(make_judge, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["Reply with the number 1 and nothing else."] * 4, 320)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    folder = tmp_path / "model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).parent / "transformers", "serve", folder, "--device", "cpu", "--port", str(port)]
+    judge = make_judge(url=f"http://127.0.0.1:{port}/v1", model=str(folder), timeout=60.0, max_retries=0)
+    with subprocess.Popen(command) as server:
+        try:
+            _wait_for(judge, seconds=180)
+            verdict = judge.ask("How good?", lambda answer: answer, max_tokens=8)
+        finally:
+            server.terminate()
+    assert verdict.value
+    assert verdict.reason == ""
+
+
+def _wait_for(judge: Judge, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return judge.preflight()
+        except JudgeError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(2)

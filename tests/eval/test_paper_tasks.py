@@ -191,8 +191,6 @@ TASKS = {
         {"gpt_eval_llava_all": 50, "gpt_eval_llava_conv": 50, "judge_failed": 0},
     ),
 }
-# In the default suite: one of each kind of our own.
-FAST = ["mmvet_llava", "pope_llava"]
 
 
 class LookupChat:
@@ -314,20 +312,13 @@ def check_full_marks(name, mirrors, chat_folder, tmp_path):
     return chat
 
 
-def test_textvqa_with_ocr_words_on_stand_in_data(mirrors, chat_folder, tmp_path):
-    chat = check_full_marks("textvqa_val_ocr", mirrors, chat_folder, tmp_path)
-    assert chat.prompts == [
-        "<image>\nWhat does iPhone say?\nReference OCR token: hi\nAnswer the question using a single word or phrase."
-    ]
-
-
-@pytest.mark.parametrize("name", FAST)
-def test_a_task_gives_full_marks_on_stand_in_data(name, mirrors, chat_folder, tmp_path):
-    check_full_marks(name, mirrors, chat_folder, tmp_path)
+def test_a_judged_task_gives_full_marks_on_stand_in_data(mirrors, chat_folder, tmp_path):
+    chat = check_full_marks("mmvet_llava", mirrors, chat_folder, tmp_path)
+    assert sorted(chat.prompts) == ["<image>\nx?"] * 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(TASKS) - {*FAST, "textvqa_val_ocr"}))
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {"mmvet_llava"}))
 def test_every_task_gives_full_marks_on_stand_in_data(name, mirrors, chat_folder, tmp_path):
     check_full_marks(name, mirrors, chat_folder, tmp_path)
 

@@ -125,7 +125,7 @@ class Judge:
         """
         has_cache = any(self._folder.glob("*.json"))
         try:
-            self._client.models.list()
+            self._client.with_options(max_retries=0).models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._refusal(error) from error
         except openai.OpenAIError as error:
@@ -135,7 +135,7 @@ class Judge:
         if has_cache:
             return
         try:
-            self._request("Reply with the number 1 and nothing else.", 0.0, 1024)
+            self._request("Reply with the number 1 and nothing else.", 0.0, 256)
         except (openai.OpenAIError, ValueError) as error:
             raise self._refusal(error) from error
 
