@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,19 @@ def test_an_answer_is_kept_and_a_second_run_asks_nothing(judge_endpoint, make_ju
     second = make_judge()
     second.preflight()
     verdict = second.ask("How good?", number)
-    assert (verdict.value, verdict.model) == (0.5, "stub-1")
+    assert (verdict.value, verdict.model, verdict.cached) == (0.5, "stub-1", True)
     assert len(judge_endpoint.asked) == 2
-    assert second.record["cached"] == 1
-    assert second.record["answered_by"] == ["stub-1"]
     # Another model, another judge.
     make_judge(model="other").ask("How good?", number)
     assert len(judge_endpoint.asked) == 3
+
+
+def test_threads_may_ask_the_same(judge_endpoint, make_judge, tmp_path):
+    judge = make_judge()
+    with ThreadPoolExecutor(8) as pool:
+        verdicts = list(pool.map(lambda index: judge.ask(f"{index % 2}?", number), range(32)))
+    assert {verdict.value for verdict in verdicts} == {1}
+    assert len(list((tmp_path / "cache").rglob("*"))) == 3  # the folder of this judge, and an answer to each question
 
 
 def test_failures_of_the_server_are_tried_again(judge_endpoint, make_judge):
@@ -88,7 +95,6 @@ def test_nonsense_is_asked_again_warmer_and_then_counted_and_not_kept(judge_endp
         assert verdict.value is None
         assert verdict.reason
         assert [asked["temperature"] for asked in judge_endpoint.asked] == [0, 0.5, 1.0]
-        assert judge.record["failed"] == index + 1
     judge_endpoint.script = [judge_endpoint.said("1")]
     assert judge.ask("0?", number).value == 1
 

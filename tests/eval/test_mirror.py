@@ -187,6 +187,17 @@ def test_data_of_a_split_is_found_as_the_hub_and_save_to_disk_write_it(tmp_path)
     assert find_data(arrow, "test", None)["dataset_path"] == "arrow"
 
 
+def test_a_task_reads_what_save_to_disk_wrote_and_its_arrow_file(tmp_path):
+    row = {"question": "Is it?", "answer": "yes", "image": Image.new("RGB", (8, 8))}
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"test": datasets.Dataset.from_list([row])}).save_to_disk(saved)
+    for index, data in enumerate([saved, next((saved / "test").glob("*.arrow"))]):
+        (file,) = mirror(MirrorConfig(data=data, tasks=["pope"], output=tmp_path / f"mirrors{index}"))
+        _, doc, prompt, (picture,) = load(file)
+        assert (doc["answer"], picture.size) == ("yes", (8, 8))
+        assert prompt.startswith("Is it?\n")
+
+
 def test_data_in_other_columns_leaves_no_mirror(tmp_path):
     data = tmp_path / "test.parquet"
     datasets.Dataset.from_dict({"text": ["Is it?"]}).to_parquet(data)

@@ -4,6 +4,8 @@ The pictures differ in color, and the stand-in model looks the right answer up b
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -349,3 +351,22 @@ def test_a_real_llava_gets_a_number_from_every_task(llava_folder, mirrors, tmp_p
     found = run(llava_folder, tmp_path / "output", mirrors(*tasks), tasks, *flags)
     assert sorted(found) == sorted(f"{name}_local" for name in tasks)
     assert all(entry["metrics"] and entry["first_prompt"] for entry in found.values())
+
+
+@pytest.mark.slow
+def test_lmms_evals_own_command_gives_the_same_numbers(llava_folder, mirrors, tmp_path, judge_endpoint):
+    tasks = ["mmvet_llava", "pope_llava"]
+    folder = mirrors(*tasks)
+    found = run(llava_folder, tmp_path / "output", folder, tasks, "--max-new-tokens", "3", "--device", "cpu")
+    # Our own files are loaded by their paths, from wherever the command is run.
+    command = [sys.executable, "-m", "lmms_eval", "--model", "vision_moe_llava", "--include_path", str(folder)]
+    command += ["--model_args", f"pretrained={llava_folder},max_new_tokens=3", "--device", "cpu"]
+    command += ["--tasks", ",".join(f"{name}_local" for name in tasks), "--output_path", str(tmp_path / "theirs")]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
+    (file,) = (tmp_path / "theirs").rglob("*_results.json")
+    theirs = json.loads(file.read_text())
+    for task, entry in found.items():
+        numbers = {name: theirs["results"][task][f"{name},none"] for name in entry["metrics"]}
+        assert numbers == pytest.approx(entry["metrics"])
+    assert theirs["configs"]["mmvet_llava_local"]["metadata"]["judge"]["model"] == "stub"
+    assert len(judge_endpoint.asked) == 3  # the first command's preflight and two answers; the second asked nothing

@@ -82,19 +82,22 @@ class JudgeConfig:
 
 
 class Verdict(NamedTuple):
-    """What the judge said of one question; value None: it was not judged, for the reason given."""
+    """What the judge said of one question; value None: it was not judged, for the reason given.
+
+    `model` is the name under which the endpoint answered, `cached` whether it did so in an earlier run.
+    """
 
     value: Any
     answer: str = ""
     model: str = ""
+    cached: bool = False
     reason: str = ""
 
 
 class Judge:
     """Asks, tries again, and keeps every answer that could be read in a folder of this endpoint and model.
 
-    `record` has the endpoint, the model, the names of the models that answered, and how many questions were asked,
-    taken from the cache and failed. Threads may share a judge.
+    Threads may share a judge.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -105,14 +108,6 @@ class Judge:
         self._folder = config.cache / _sha256([config.url.rstrip("/"), config.model])[:16]
         self._lock = threading.Lock()
         self._unanswered = 0
-        self.record: dict[str, Any] = {
-            "url": config.url,
-            "model": config.model,
-            "answered_by": [],
-            "asked": 0,
-            "cached": 0,
-            "failed": 0,
-        }
 
     def preflight(self) -> None:
         """Makes sure, before a model works for hours, that the judge can be asked.
@@ -154,7 +149,7 @@ class Judge:
         if file.is_file():
             kept = json.loads(file.read_text(encoding="utf-8"))
             if (value := parse(kept["answer"])) is not None:
-                return self._count("cached", Verdict(value, kept["answer"], kept["model"]))
+                return Verdict(value, kept["answer"], kept["model"], cached=True)
         reason = ""
         for attempt in range(self._config.attempts):
             try:
@@ -163,15 +158,18 @@ class Judge:
                 raise self._refusal(error) from error
             except openai.OpenAIError as error:
                 # The client has tried it several times.
-                return self._unreachable(f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+                self._note_silence(reason)
+                return self._not_judged(reason)
             except ValueError as error:
                 reason = str(error)
                 continue
+            self._unanswered = 0
             if (value := parse(answer)) is not None:
-                write_json(file, {"prompt": prompt, "answer": answer, "model": model, "temperature": 0.5 * attempt})
-                return self._count("asked", Verdict(value, answer, model))
+                self._keep(file, {"prompt": prompt, "answer": answer, "model": model, "temperature": 0.5 * attempt})
+                return Verdict(value, answer, model)
             reason = f"cannot read {answer[:200]!r}"
-        return self._count("failed", Verdict(None, reason=reason))
+        return self._not_judged(reason)
 
     def _request(self, prompt: str, temperature: float, max_tokens: int) -> tuple[str, str]:
         sampling = build_sampling_kwargs(
@@ -191,25 +189,23 @@ class Judge:
             log_usage(model, None, usage.prompt_tokens or 0, usage.completion_tokens or 0, source="judge")
         return content, model
 
-    def _count(self, kind: str, verdict: Verdict) -> Verdict:
+    def _keep(self, file: Path, content: dict[str, Any]) -> None:
+        # Two threads or processes may have asked the same.
+        own = file.with_name(f"{os.getpid()}.part")
         with self._lock:
-            self._unanswered = 0
-            self.record[kind] += 1
-            if verdict.model and verdict.model not in self.record["answered_by"]:
-                self.record["answered_by"].append(verdict.model)
-        if verdict.reason:
-            logger.warning("not judged: %s", verdict.reason)
-        return verdict
+            write_json(own, content)
+            os.replace(own, file)
 
-    def _unreachable(self, reason: str) -> Verdict:
+    def _not_judged(self, reason: str) -> Verdict:
+        logger.warning("not judged: %s", reason)
+        return Verdict(None, reason=reason)
+
+    def _note_silence(self, reason: str) -> None:
         with self._lock:
             self._unanswered += 1
-            self.record["failed"] += 1
             gone = self._unanswered >= _GONE_AFTER
         if gone:
             raise JudgeError(f"the judge at {self._config.url} gave no answer {_GONE_AFTER} times in a row: {reason}")
-        logger.warning("not judged: %s", reason)
-        return Verdict(None, reason=reason)
 
     def _refusal(self, error: Exception) -> JudgeError:
         return JudgeError(
@@ -222,13 +218,14 @@ class JudgedTask(ConfigurableTask):
     """A task whose `process_results` takes a third argument, the judge; it is tried before the model is asked."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config={name: value for name, value in config.items() if name != "class"})
+        judge = {"url": os.environ.get("VISION_MOE_JUDGE_URL"), "model": os.environ.get("VISION_MOE_JUDGE_MODEL")}
+        # lmms-eval writes the metadata into its results.
+        own = {**config, "metadata": {**config["metadata"], "judge": judge}}
+        super().__init__(config={name: value for name, value in own.items() if name != "class"})
 
     def build_all_requests(self, **kwargs: Any) -> None:
         self._judge = Judge(JudgeConfig.from_environment())
         self._judge.preflight()
-        # lmms-eval writes this into its results, at the end.
-        self.config.metadata = {**(self.config.metadata or {}), "judge": self._judge.record}
         super().build_all_requests(**kwargs)
 
     def process_results(
