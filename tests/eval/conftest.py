@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eval.tasks.judged.judge import Judge, JudgeConfig
 from mllm.assemble import assemble
 from vision_moe.recipe import ScratchConfig
 from vision_moe.scratch import build_clip, train_tokenizer
@@ -148,3 +149,20 @@ def judge_endpoint():
     endpoint = JudgeEndpoint()
     yield endpoint
     endpoint.close()
+
+
+@pytest.fixture
+def make_judge(judge_endpoint, tmp_path):
+    """make_judge(**changes of JudgeConfig) -> a Judge that asks the endpoint."""
+
+    def make(**changes):
+        settings = {
+            "url": judge_endpoint.url,
+            "model": "stub",
+            "cache": tmp_path / "cache",
+            "timeout": 5.0,
+            "max_retries": 2,
+        }
+        return Judge(JudgeConfig(**{**settings, **changes}))
+
+    return make

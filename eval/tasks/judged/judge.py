@@ -127,10 +127,9 @@ class Judge:
             # Not every server has this list; whether it answers questions, the next step shows.
             if has_cache:
                 logger.warning("judge %s: %s; only cached answers can be used", self._config.url, error)
-        if has_cache:
-            return
         try:
-            self._request("Reply with the number 1 and nothing else.", 0.0, 256)
+            if not has_cache:
+                self._request("Reply with the number 1 and nothing else.", 0.0, 256)
         except (openai.OpenAIError, ValueError) as error:
             raise self._refusal(error) from error
 
@@ -158,9 +157,7 @@ class Judge:
                 raise self._refusal(error) from error
             except openai.OpenAIError as error:
                 # The client has tried it several times.
-                reason = f"{type(error).__name__}: {error}"
-                self._note_silence(reason)
-                return self._not_judged(reason)
+                return self._silent(f"{type(error).__name__}: {error}")
             except ValueError as error:
                 reason = str(error)
                 continue
@@ -169,7 +166,7 @@ class Judge:
                 self._keep(file, {"prompt": prompt, "answer": answer, "model": model, "temperature": 0.5 * attempt})
                 return Verdict(value, answer, model)
             reason = f"cannot read {answer[:200]!r}"
-        return self._not_judged(reason)
+        return _not_judged(reason)
 
     def _request(self, prompt: str, temperature: float, max_tokens: int) -> tuple[str, str]:
         sampling = build_sampling_kwargs(
@@ -196,16 +193,13 @@ class Judge:
             write_json(own, content)
             os.replace(own, file)
 
-    def _not_judged(self, reason: str) -> Verdict:
-        logger.warning("not judged: %s", reason)
-        return Verdict(None, reason=reason)
-
-    def _note_silence(self, reason: str) -> None:
+    def _silent(self, reason: str) -> Verdict:
         with self._lock:
             self._unanswered += 1
             gone = self._unanswered >= _GONE_AFTER
         if gone:
             raise JudgeError(f"the judge at {self._config.url} gave no answer {_GONE_AFTER} times in a row: {reason}")
+        return _not_judged(reason)
 
     def _refusal(self, error: Exception) -> JudgeError:
         return JudgeError(
@@ -218,21 +212,18 @@ class JudgedTask(ConfigurableTask):
     """A task whose `process_results` takes a third argument, the judge; it is tried before the model is asked."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        judge = {"url": os.environ.get("VISION_MOE_JUDGE_URL"), "model": os.environ.get("VISION_MOE_JUDGE_MODEL")}
         # lmms-eval writes the metadata into its results.
-        own = {**config, "metadata": {**config["metadata"], "judge": judge}}
-        super().__init__(config={name: value for name, value in own.items() if name != "class"})
+        judge = {"url": os.environ.get("VISION_MOE_JUDGE_URL"), "model": os.environ.get("VISION_MOE_JUDGE_MODEL")}
+        own = {name: value for name, value in config.items() if name != "class"}
+        super().__init__(config={**own, "metadata": {**config["metadata"], "judge": judge}})
 
     def build_all_requests(self, **kwargs: Any) -> None:
         self._judge = Judge(JudgeConfig.from_environment())
         self._judge.preflight()
         super().build_all_requests(**kwargs)
 
-    def process_results(
-        self, doc: dict[str, Any], results: Sequence[str], full_docs: Any | None = None
-    ) -> dict[str, Any]:
-        scores: dict[str, Any] = self.config.process_results(doc, [answer.strip() for answer in results], self._judge)
-        return scores
+    def process_results(self, doc: dict[str, Any], results: Sequence[str], full_docs: Any = None) -> dict[str, Any]:
+        return self.config.process_results(doc, [answer.strip() for answer in results], self._judge)
 
 
 def failed(flags: Sequence[int]) -> int:
@@ -247,6 +238,11 @@ def failed(flags: Sequence[int]) -> int:
             "judged is kept and not asked again"
         )
     return sum(flags)
+
+
+def _not_judged(reason: str) -> Verdict:
+    logger.warning("not judged: %s", reason)
+    return Verdict(None, reason=reason)
 
 
 def _sha256(content: Any) -> str:
