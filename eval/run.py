@@ -40,8 +40,8 @@ def task_manager(tasks: Sequence[str], include_path: Path = TASKS) -> TaskManage
     ours = TaskManager("WARNING", include_path=str(include_path), include_defaults=False)
     if set(tasks) <= set(ours.all_tasks):
         return ours
-    # Indexing lmms-eval's own two thousand YAML files takes a while.
-    # Of two tasks of one name the first that is indexed counts, so a mirror can stand in for lmms-eval's own.
+    # Indexing lmms-eval's own two thousand YAML files takes a while. Of two tasks of one name the first that is
+    # indexed counts, so a mirror can stand in for lmms-eval's own.
     built_in = str(Path(lmms_eval.tasks.__file__).parent)
     everything = TaskManager("WARNING", include_path=[str(include_path), built_in], include_defaults=False)
     unknown = sorted(set(tasks) - set(everything.all_tasks))

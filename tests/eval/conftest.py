@@ -10,8 +10,6 @@ import pytest
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.tasks.judged.judge import Judge, JudgeConfig
-from mllm.assemble import assemble
 from vision_moe.recipe import ScratchConfig
 from vision_moe.scratch import build_clip, train_tokenizer
 
@@ -63,6 +61,9 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def llava_folder(tmp_path_factory):
     """An untrained LLaVA: a CLIP of width 32 for pictures of 32 pixels and a Llama of width 64."""
+    # Heavy, and most tests of this folder do without; so below.
+    from mllm.assemble import assemble
+
     texts = ["Is there a red wall in the image? Yes. No.", "Answer the question using a single word or phrase."]
     sizes = ScratchConfig(
         image_size=32, patch_size=16, hidden_size=32, num_vision_layers=2, num_text_layers=1, num_heads=2
@@ -154,6 +155,7 @@ def judge_endpoint():
 @pytest.fixture
 def make_judge(judge_endpoint, tmp_path):
     """make_judge(**changes of JudgeConfig) -> a Judge that asks the endpoint."""
+    from eval.tasks.judged.judge import Judge, JudgeConfig
 
     def make(**changes):
         settings = {

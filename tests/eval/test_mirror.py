@@ -12,6 +12,7 @@ from PIL import Image
 from eval.mirror import MirrorConfig, main, mirror
 from eval.mirror_data import find_data
 from eval.published_forms import FORMS
+from vision_moe.config import parse
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +146,15 @@ def test_flags_that_do_not_go_together_are_refused(changes, message, tmp_path):
     given = {"form": "mmvet", "files": {"questions": Path("q")}, "images": tmp_path, "output": tmp_path}
     with pytest.raises(ValueError, match=message):
         MirrorConfig(**{**given, **changes})
+
+
+def test_flags_are_read_and_refused_on_the_command_line(capsys):
+    flags = ["--data", "copy", "--tasks", "[pope, mme]", "--output", "mirrors"]
+    config = parse(MirrorConfig, [*flags, "--suffix", ""])
+    assert (config.tasks, config.suffix) == (["pope", "mme"], "")
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        main([*flags, "--form", "pope"])
+    assert "either --form" in str(refused.value) + capsys.readouterr().err
 
 
 def test_what_is_not_there_is_named(pictures, tmp_path):
