@@ -97,7 +97,7 @@ def test_a_failed_task_is_a_non_zero_exit_that_says_why(evaluate):
 
 
 def test_an_unknown_task_is_refused_before_any_is_run(evaluate):
-    with pytest.raises(SystemExit, match=r"unknown tasks pope_moon; ours are pope_scenes"):
+    with pytest.raises(SystemExit, match=r"unknown tasks pope_moon; ours are .*pope_scenes"):
         evaluate("--tasks", "pope_scenes,pope_moon")
 
 
