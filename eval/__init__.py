@@ -1,5 +1,5 @@
 """Benchmarks, run from the checkout: `python -m eval.run`, `.retrieval`, `.factors`, `.zero_shot`, `.imagenet_o`,
-`.compare`, `.report`.
+`.compare`, `.report`, `.mirror`.
 
 Always `from eval.x import y`: a bare import of this package would rebind the builtin of the same name.
 """

@@ -1,12 +1,15 @@
-"""A small POPE on plain pictures, in the form of Scenes, and a tiny CLIP and a tiny LLaVA in folders."""
+"""A small POPE on plain pictures, in the form of Scenes; a tiny CLIP and a tiny LLaVA in folders; a judge."""
 
 import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mllm.assemble import assemble
 from vision_moe.recipe import ScratchConfig
 from vision_moe.scratch import build_clip, train_tokenizer
 
@@ -58,6 +61,9 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def llava_folder(tmp_path_factory):
     """A LLaVA with random weights; its language model lies beside it, in `llama`."""
+    # Heavy, and most tests of this folder do without; so below.
+    from mllm.assemble import assemble
+
     texts = ["Is there a red wall in the image? Yes. No.", "Answer the question using a single word or phrase."]
     sizes = ScratchConfig(
         image_size=32, patch_size=16, hidden_size=32, num_vision_layers=2, num_text_layers=1, num_heads=2
@@ -78,3 +84,89 @@ def llava_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
     llama.save_pretrained(folder / "llama")
     return assemble(clip, llama, tokenizer, folder / "model")
+
+
+class JudgeEndpoint:
+    """A judge on a port of this machine.
+
+    `script` has its replies in turn, the last one for ever: status and body, a pause in seconds, or a function of the
+    prompt that gives status and body.
+    """
+
+    def __init__(self) -> None:
+        self.script: list[Any] = [self.said("1")]
+        self.models: tuple[int, str] = (200, json.dumps({"object": "list", "data": []}))
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._send(*endpoint.models)
+
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                endpoint.asked.append(json.loads(content))
+                endpoint.keys.append(self.headers["Authorization"])
+                reply = endpoint.script.pop(0) if len(endpoint.script) > 1 else endpoint.script[0]
+                if isinstance(reply, float):
+                    time.sleep(reply)
+                    reply = endpoint.said("late")
+                if callable(reply):
+                    reply = reply(endpoint.asked[-1]["messages"][0]["content"])
+                self._send(*reply)
+
+            def _send(self, status: int, body: str) -> None:
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Type", "application/json")
+                    # The client then does not wait as long as it would.
+                    self.send_header("retry-after-ms", "1")
+                    self.end_headers()
+                    self.wfile.write(body.encode())
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # the client gave up waiting
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    @staticmethod
+    def said(text: object) -> tuple[int, str]:
+        """A proper answer."""
+        choice = {"index": 0, "message": {"content": text}}
+        usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+        return 200, json.dumps({"model": "stub-1", "choices": [choice], "usage": usage})
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def judge_endpoint():
+    """A JudgeEndpoint, which says 1 until told otherwise."""
+    endpoint = JudgeEndpoint()
+    yield endpoint
+    endpoint.close()
+
+
+@pytest.fixture
+def make_judge(judge_endpoint, tmp_path):
+    """make_judge(**changes of JudgeConfig) -> a Judge that asks the endpoint."""
+    from eval.tasks.judged.judge import Judge, JudgeConfig
+
+    def make(**changes):
+        settings = {
+            "url": judge_endpoint.url,
+            "model": "stub",
+            "cache": tmp_path / "cache",
+            "timeout": 5.0,
+            "max_retries": 2,
+        }
+        return Judge(JudgeConfig(**{**settings, **changes}))
+
+    return make
