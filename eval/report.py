@@ -1,12 +1,13 @@
 """Records of measurements -> Markdown tables: `python -m eval.report FILE_OR_FOLDER ...`."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from vision_moe.command_help import CommandParser
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -109,7 +110,7 @@ def render(record: dict[str, Any]) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Prints the table of each record named, or found in the folders named."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(__doc__, ".venv/bin/python -m eval.report outputs/records")
     parser.add_argument("records", nargs="+", type=Path, help="record files, or folders searched for *.json")
     files: list[Path] = []
     for path in parser.parse_args(args).records:

@@ -22,6 +22,7 @@ from eval.record import record
 from eval.report import tasks_table
 from eval.tasks.pope_scenes.scenes import source
 from mllm.lmms_adapter import VisionMoeLlava
+from vision_moe.command_help import CommandParser
 from vision_moe.files import replacing, write_json
 from vision_moe.tracking import setup_logging
 
@@ -184,7 +185,10 @@ def _write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        __doc__,
+        ".venv/bin/python -m eval.run --model outputs/scenes_llava/model --tasks pope_scenes --output outputs/pope",
+    )
     parser.add_argument("--model", required=True, help="folder of a model that mllm.train wrote")
     parser.add_argument("--tasks", required=True, help="names with commas between, such as pope_scenes")
     parser.add_argument("--output", required=True, type=Path, help="folder for results.json and samples.jsonl")

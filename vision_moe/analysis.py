@@ -82,7 +82,11 @@ def experts_alone(model: Any, processor: Any, dataset: CaptionDataset, *, batch_
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisConfig:
-    """What the experts of a CLIP-MoE or a LIMoE do over image-caption pairs: tables, heat maps and contact sheets."""
+    """What the experts of a CLIP-MoE or a LIMoE do over image-caption pairs: tables, heat maps and contact sheets.
+
+    Example:
+        .venv/bin/python -m vision_moe.analysis --model outputs/encoder/dmu/model --data outputs/scenes --output experts
+    """
 
     model: str
     """CLIP-MoE or LIMoE with its processor: a folder or a hub name."""

@@ -20,6 +20,7 @@ from vision_moe.config import parse
 from vision_moe.distributed import barrier, is_main
 from vision_moe.dmu import run_dmu, stage_samples, total_samples
 from vision_moe.encoder_report import open_eval_data, write_report
+from vision_moe.interruption import says_how_to_go_on
 from vision_moe.launcher import die_with_launcher
 from vision_moe.limoe import build_limoe
 from vision_moe.mixture import make_mixture
@@ -50,7 +51,9 @@ def main() -> None:
     die_with_launcher()
     # Rank 0 extracts features while the others wait, possibly for hours.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-    run(parse(TrainConfig, smoke=_SMOKE))
+    config = parse(TrainConfig, smoke=_SMOKE)
+    with says_how_to_go_on(config.output):
+        run(config)
 
 
 def run(config: TrainConfig) -> dict[str, Path]:
