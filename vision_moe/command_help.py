@@ -57,7 +57,7 @@ def nearest(message: str, names: Iterable[str]) -> list[str]:
     found: list[str] = []
     for wrong in _unknown(message):
         same_leaf = [name for name in options if _leaf(name) == _leaf(wrong)]
-        found += same_leaf[:3] or difflib.get_close_matches(wrong, options, n=2, cutoff=0.75)
+        found += same_leaf[:3] or difflib.get_close_matches(wrong, options, n=1, cutoff=0.6)
     choices = re.search(r"(?:Got value: |invalid choice: )'?([^\s']+)", message)
     if choices:
         allowed = re.findall(r"[\w./-]+", " ".join(re.findall(r"Literal\[[^]]*\]|choose from .*", message)))

@@ -1,8 +1,10 @@
-"""Every command explains itself on one screen with an example, and names the nearest of what it does not know."""
+"""Every command explains itself on one screen with an example and names the nearest of what it does not know; every
+command that README and docs show has the flags and recipes that they give it."""
 
 import importlib
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,9 @@ COMMANDS = (
     "vision_moe.train",
 )
 LINES, COLUMNS = 50, 120
+CHECKOUT = Path(__file__).resolve().parent.parent
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
+SCRIPTS = {"scripts/train_encoder.sh": "vision_moe.train", "scripts/llava_finetune.sh": "mllm.train"}
 
 
 @pytest.fixture
@@ -72,24 +77,55 @@ def test_help_fits_a_screen_and_has_an_example(module, started):
     assert example.strip().startswith(scripts.get(module, f".venv/bin/python -m {name}"))
 
 
-def test_every_command_is_listed_here(request):
-    packages = [request.config.rootpath / name for name in ("vision_moe", "mllm", "eval", "demo")]
+def test_every_command_is_listed_here():
+    packages = [CHECKOUT / name for name in ("vision_moe", "mllm", "eval", "demo")]
     files = [path for package in packages for path in package.rglob("*.py")]
     found = [path for path in files if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
-    names = {".".join(path.relative_to(request.config.rootpath).with_suffix("").parts) for path in found}
-    assert names == set(COMMANDS)
+    assert {".".join(path.relative_to(CHECKOUT).with_suffix("").parts) for path in found} == set(COMMANDS)
+
+
+def shown(page: Path) -> list[str]:
+    """Lines of a page's bash blocks, continued lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    return [line.strip() for line in "\n".join(blocks).replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_a_page_shows_have_their_flags_and_recipes(page, started):
+    for line in shown(page):
+        module = re.search(r"python -m ([\w.]+)", line) or re.search(r"(scripts/[\w/]+\.\w+)", line)
+        if module is None:
+            assert line.startswith((".venv/bin/mkdocs build", "OMP_NUM_THREADS=1 python -c")), line
+            continue
+        name = SCRIPTS.get(module[1], module[1])
+        if name.startswith("scripts/"):
+            known = (CHECKOUT / name).read_text(encoding="utf-8")
+        else:
+            name = name if name in COMMANDS else f"{name}.__main__"
+            _, known, _ = started(name, "--help", "all")
+        flags = re.findall(r"(?<!\S)\[?(--[a-zA-Z][\w.-]*)", line.partition(module[0])[2])
+        unknown = set(flags) - set(re.findall(r"--[a-zA-Z][\w.-]*", known)) - {"--smoke", "--help"}
+        assert not unknown, f"{line}: {unknown}"
+        for recipe in re.findall(r"(?<!\S)(?:vision_moe|mllm|eval)/\S+\.yaml", line):
+            assert (CHECKOUT / recipe).is_file(), recipe
+
+
+def test_a_flag_that_a_page_should_not_show_is_seen(tmp_path, started):
+    page = tmp_path / "page.md"
+    page.write_text("```bash\n.venv/bin/python -m eval.factors --model DIR \\\n    --dataa SCENES\n```\n")
+    with pytest.raises(AssertionError, match="--dataa"):
+        test_commands_that_a_page_shows_have_their_flags_and_recipes(page, started)
 
 
 @pytest.mark.parametrize(
     ("cls", "flags", "wanted"),
     [
-        (TrainConfig, ["--mehods", "[dmu]"], "--methods"),
         (TrainConfig, ["--mcl.sampels", "3"], "--mcl.samples"),
         (TrainConfig, ["--align.sampels", "3"], "--align.samples"),
         (TrainConfig, ["--learning_rate", "1"], "--dense.learning_rate or --mcl.learning_rate"),
         (TrainConfig, ["--methods", "[dm]"], "dmu"),
         (LlavaConfig, ["--image-folder", "x"], "--image_folder"),
-        (LlavaConfig, ["--finetune.lr", "1"], "--finetune.llm_lr"),
+        (LlavaConfig, ["--finetune.llm_rl", "1"], "--finetune.llm_lr"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
