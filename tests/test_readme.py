@@ -7,9 +7,12 @@ import shlex
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 README = CHECKOUT / "README.md"
@@ -92,15 +95,37 @@ def test_the_readme_names_the_commands_that_are_its_contract():
         "bash scripts/llava_finetune.sh",
         ".venv/bin/python -m eval.run",
         ".venv/bin/python -m demo.app",
+        ".venv/bin/python -m vision_moe.doctor",
     ):
         assert sum(command.startswith(start) for command in found) == 1, start
-    assert len(found) == 7
+    assert len(found) == 8
 
 
 def test_links_of_the_readme_and_docs_exist():
     for page in (README, *PAGES):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    def pages(entries: list[Any]) -> Iterator[str]:
+        for entry in entries:
+            for value in entry.values() if isinstance(entry, dict) else [entry]:
+                yield from pages(value) if isinstance(value, list) else [value]
+
+    named = list(pages(yaml.safe_load((CHECKOUT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    assert sorted(named) == sorted(page.relative_to(CHECKOUT / "docs").as_posix() for page in PAGES)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Dead links, pages outside the navigation and commands that have lost their help end the build."""
+    run(f".venv/bin/mkdocs build --strict --site-dir {tmp_path}/site")
+    commands_page = (tmp_path / "site" / "reference" / "commands.html").read_text(encoding="utf-8")
+    assert "python -m vision_moe.train [RECIPE.yaml ...]" in commands_page
+    fields_page = (tmp_path / "site" / "reference" / "recipes.html").read_text(encoding="utf-8")
+    assert "mcl.learning_rate" in fields_page
+    assert "merge_donors" in (tmp_path / "site" / "reference" / "python.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
