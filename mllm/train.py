@@ -18,7 +18,7 @@ from mllm.deepspeed_setup import init_deepspeed
 from mllm.language_model import resolve_language_model
 from mllm.recipe import LlavaConfig, StageConfig, enabled_stages
 from mllm.stages import StageRunner, is_finished
-from vision_moe.assets import resolve_model
+from vision_moe.assets import find_model
 from vision_moe.config import parse
 from vision_moe.data.scenes import ScenesArguments, generate
 from vision_moe.distributed import barrier, is_main
@@ -78,7 +78,7 @@ def _build_start(config: LlavaConfig, start: Path) -> None:
     """Puts the untrained LLaVA together on rank 0, in plain memory: nothing of DeepSpeed is active yet."""
     if is_main() and not start.is_dir():
         assemble(
-            resolve_model(config.vision),
+            find_model(config.vision),
             resolve_language_model(config.llm),
             None,
             start,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mllm.recipe import LlavaConfig
+from vision_moe.assets import find_model
 from vision_moe.config import parse
 from vision_moe.fields import all_fields
 from vision_moe.recipe import TrainConfig
@@ -145,6 +146,21 @@ def test_a_field_of_a_recipe_that_is_unknown_gets_the_nearest(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(TrainConfig, [str(recipe)])
     assert "did you mean --data.train?" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_not_there_gets_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, [str(CHECKOUT / "vision_moe" / "recipes" / "scene.yaml")])
+    assert "scenes.yaml?" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_not_looked_up_on_the_hub():
+    with pytest.raises(FileNotFoundError, match="did you mean scenes-clip"):
+        find_model("scenes-clp")
+    with pytest.raises(FileNotFoundError, match="no model folder outputs/no/model"):
+        find_model("outputs/no/model")
+    assert find_model("openai/clip-vit-base-patch16") == "openai/clip-vit-base-patch16"
+    assert Path(find_model("scenes-clip"), "config.json").is_file()
 
 
 def test_commands_without_recipes_suggest_too(started):

@@ -30,9 +30,8 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, *, smoke: Path |
         smoke: overlay recipe that the flag `--smoke` applies after the others.
 
     Raises:
-        FileNotFoundError: a recipe does not exist.
-        SystemExit: after `--help`; or an option or value is not accepted, which the message on stderr names, with the
-            nearest name there is.
+        SystemExit: after `--help`; or a recipe does not exist, or an option or value is not accepted, which the message
+            on stderr names, with the nearest name there is.
     """
     rest = list(sys.argv[1:] if args is None else args)
     _help(cls, rest, smoke is not None)
@@ -45,7 +44,7 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, *, smoke: Path |
     flags: list[str] = []
     for recipe in recipes:
         if not recipe.is_file():
-            raise FileNotFoundError(f"no recipe {recipe}{_nearest(recipe)}")
+            complain(f"no recipe {recipe}{_nearest(recipe)}", [])
         flags += ["--config", str(recipe)]
     # The strings below the fields of a dataclass are the help of its flags.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

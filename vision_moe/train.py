@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModel, PreTrainedModel, ProcessorMixin
 
-from vision_moe.assets import resolve_model
+from vision_moe.assets import find_model
 from vision_moe.config import parse
 from vision_moe.distributed import barrier, is_main
 from vision_moe.dmu import run_dmu, stage_samples, total_samples
@@ -90,14 +90,14 @@ def _start(config: TrainConfig, dataset: TrainingData) -> tuple[Path | None, Pro
     if set(config.methods) != {"limoe"}:
         return _dense_start(config, dataset)
     if config.model is not None:
-        return None, load_processor(resolve_model(config.model))
+        return None, load_processor(find_model(config.model))
     return None, build_processor(config.scratch, dataset.captions())
 
 
 def _dense_start(config: TrainConfig, dataset: TrainingData) -> tuple[Path, ProcessorMixin]:
     """Folder of the dense model that everything starts from, and its processor."""
     if config.model is not None:
-        source = resolve_model(config.model)
+        source = find_model(config.model)
         processor = load_processor(source)
         runner = StageRunner(config, dataset, processor)
         folder = config.output / "start" / "model"
