@@ -3,7 +3,6 @@
 It says how the model came to be and what was measured in that run, and no more.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vision_moe.files import write_text
-from vision_moe.tracking import environment
+from vision_moe.tracking import environment, read_metrics
 from vision_moe.version import __version__
 
 
@@ -87,8 +86,7 @@ def last_loss(metrics: Path, stage: str) -> dict[str, Any]:
     """The last entry of a run's `metrics.jsonl` that has a loss of this stage; empty where there is none."""
     if not metrics.is_file():
         return {}
-    entries = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
-    found = [entry for entry in entries if entry["stage"] == stage and "loss" in entry]
+    found = [entry for entry in read_metrics(metrics) if entry["stage"] == stage and "loss" in entry]
     return found[-1] if found else {}
 
 
