@@ -4,7 +4,6 @@ lmms-eval's own command ends with exit code 0 when a task failed. This one runs 
 OUTPUT/results.json and OUTPUT/samples.jsonl, and exits non-zero when any result is missing.
 """
 
-import argparse
 import json
 import logging
 import math
@@ -184,11 +183,8 @@ def _write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
         file.writelines(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        __doc__,
-        ".venv/bin/python -m eval.run --model outputs/scenes_llava/model --tasks pope_scenes --output outputs/pope",
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser(__doc__, ".venv/bin/python -m eval.run --model DIR --tasks pope_scenes --output pope")
     parser.add_argument("--model", required=True, help="folder of a model that mllm.train wrote")
     parser.add_argument("--tasks", required=True, help="names with commas between, such as pope_scenes")
     parser.add_argument("--output", required=True, type=Path, help="folder for results.json and samples.jsonl")
