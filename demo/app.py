@@ -236,7 +236,11 @@ def launch(app: gr.Blocks, *, host: str, port: int | None, examples_dir: Path | 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Chat with a LLaVA and see which expert of its vision tower took which patch."""
+    """Chat with a LLaVA and see which expert of its vision tower took which patch.
+
+    Example:
+        .venv/bin/python -m demo.app --model outputs/scenes_llava/model --examples outputs/scenes/images/test
+    """
 
     model: str
     """Folder of a model that mllm.train wrote."""

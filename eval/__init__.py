@@ -3,3 +3,7 @@
 
 Always `from eval.x import y`: a bare import of this package would rebind the builtin of the same name.
 """
+
+from vision_moe.extras import require
+
+require("eval", "scipy", "lmms_eval")

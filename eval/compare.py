@@ -4,7 +4,6 @@ Two intervals that overlap say little: the models mostly fail on the same sample
 difference, picture by picture. Shapes: N pictures.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from eval.metrics import mcnemar
 from eval.record import read_record
 from eval.tables import comparison_table
+from vision_moe.command_help import CommandParser
 from vision_moe.files import write_json
 from vision_moe.intervals import bootstrap_ratio_interval, bootstrap_ratio_intervals
 from vision_moe.retrieval import WAYS, Ranks, hits_by_picture
@@ -99,7 +99,7 @@ def _difference(a: float, b: float, interval: tuple[float, float], n: int) -> di
 
 def main(args: Sequence[str] | None = None) -> None:
     """The difference of every metric with its 95 % interval, and McNemar's exact test where it applies."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(__doc__, ".venv/bin/python -m eval.compare model_a.json model_b.json")
     parser.add_argument("a", type=Path, help="record that --output of eval.retrieval or eval.zero_shot wrote")
     parser.add_argument("b", type=Path, help="the same of the other model")
     parser.add_argument("--output", type=Path, help="JSON file to write")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel
 
 import vision_moe.model  # noqa: F401  registers the model types
-from vision_moe.assets import resolve_model
+from vision_moe.assets import find_model
 from vision_moe.processor import load_processor
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def load_encoder(name: str, device: str | None = None) -> tuple[Any, Any]:
     Raises:
         ValueError: if the model is no dual encoder (a vision tower alone has no text side to compare with).
     """
-    folder = resolve_model(name)
+    folder = find_model(name)
     model = AutoModel.from_pretrained(folder)
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ValueError(

@@ -18,6 +18,7 @@ from eval.arms import ArmConfig, ArmRun, train
 from eval.experiment_report import render, summarize
 from vision_moe.config import parse
 from vision_moe.files import write_json, write_text
+from vision_moe.interruption import says_how_to_go_on
 from vision_moe.tracking import environment, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """Arms, measures and seeds."""
+    """Arms, measures and seeds.
+
+    Example:
+        .venv/bin/python -m eval.experiment eval/experiments/scenes_narrow.yaml --train outputs/scenes --output o
+    """
 
     recipe: Path
     """Recipe of vision_moe.train that all arms share."""
@@ -68,7 +73,9 @@ class ExperimentConfig:
 def main() -> None:
     """Entry point."""
     setup_logging()
-    run(parse(ExperimentConfig))
+    config = parse(ExperimentConfig)
+    with says_how_to_go_on(config.output):
+        run(config)
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:

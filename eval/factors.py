@@ -1,12 +1,12 @@
 """Which factors of Scenes an encoder keeps: `python -m eval.factors --model DIR --data SCENES`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval.encoder import load_encoder
 from eval.record import emit, record
 from eval.tables import factors_table
+from vision_moe.command_help import CommandParser
 from vision_moe.data.captions import open_captions
 from vision_moe.factors import factor_accuracy
 from vision_moe.tracking import setup_logging
@@ -14,7 +14,7 @@ from vision_moe.tracking import setup_logging
 
 def main(args: Sequence[str] | None = None) -> None:
     """Accuracy of each factor with its n, chance level and 95 % interval."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(__doc__, ".venv/bin/python -m eval.factors --model scenes-clip --data outputs/scenes")
     parser.add_argument("--model", required=True, help="folder of a CLIPModel or CLIPMoEModel, or scenes-clip")
     parser.add_argument("--data", required=True, type=Path, help="Scenes folder (python -m vision_moe.data.scenes)")
     parser.add_argument("--split", default="test", help="the split that carries variants")

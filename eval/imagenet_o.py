@@ -5,7 +5,6 @@ name is the class that a ResNet-50 took its pictures for, and no right answer. T
 model's doubt tells them from ImageNet's pictures of these 200 classes. Shapes: N pictures, C classes.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from eval.record import emit, record
 from eval.tables import imagenet_o_table
 from eval.templates import templates
 from eval.zero_shot import classifier
+from vision_moe.command_help import CommandParser
 from vision_moe.embedding_cache import CachedEncoder
 from vision_moe.tracking import setup_logging
 
@@ -71,7 +71,9 @@ def detection(
 
 def main(args: Sequence[str] | None = None) -> None:
     """AUPR with its 95 % interval."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(
+        __doc__, ".venv/bin/python -m eval.imagenet_o --model DIR --data imagenet-o --in-distribution imagenet/val"
+    )
     parser.add_argument("--model", required=True, help="folder of a CLIPModel or CLIPMoEModel")
     parser.add_argument("--data", required=True, type=Path, help="ImageNet-O: 200 folders named by WordNet id")
     parser.add_argument("--in-distribution", required=True, type=Path, help="ImageNet's validation folders, likewise")

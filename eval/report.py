@@ -5,7 +5,6 @@ tables beside its own, what differs in protocol, the difference of every two mod
 questions on which they disagree, with the pictures.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,8 @@ th {{ background: #f3f3f3 }}
 </style></head><body>
 {body}</body></html>
 """
+
+from vision_moe.command_help import CommandParser
 
 
 def markdown(records: Sequence[Found], *, seed: int, pictures: Path | None = None, number: int = 0) -> str:
@@ -158,7 +159,7 @@ def escaped(text: str, length: int = 400) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Shows or writes the report of the records named, or found in the folders named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__, ".venv/bin/python -m eval.report outputs/records --output outputs/compared")
     parser.add_argument("records", nargs="+", type=Path, help="record files, or folders searched for *.json")
     parser.add_argument("--output", type=Path, help="folder for report.md, report.html and report_pictures/")
     parser.add_argument("--questions", type=int, default=8, help="shown of each task and pair, with --output")

@@ -8,6 +8,7 @@ from eval.encoder import load_encoder
 from eval.protocols import PROTOCOLS, Captioned, open_retrieval
 from eval.record import emit, questions_sha256, record
 from eval.tables import retrieval_table
+from vision_moe.command_help import CommandParser
 from vision_moe.embedding_cache import CachedEncoder
 from vision_moe.retrieval import Embeddings, all_captions, num_distinct_captions, ranks, recalls
 from vision_moe.tracking import setup_logging
@@ -58,7 +59,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(
+        __doc__,
+        ".venv/bin/python -m eval.retrieval --model scenes-clip --data outputs/scenes --caption-field long",
+    )
     parser.add_argument("--model", required=True, help="folder of a CLIPModel or CLIPMoEModel, or scenes-clip")
     parser.add_argument(
         "--data",

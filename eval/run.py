@@ -22,6 +22,7 @@ from eval.suites import Suite, read_suite
 from eval.tables import tasks_table
 from mllm.blind import Pictures
 from mllm.lmms_adapter import VisionMoeLlava
+from vision_moe.command_help import CommandParser
 from vision_moe.distributed import is_main
 from vision_moe.tracking import setup_logging
 
@@ -56,8 +57,10 @@ def kinds_of_pictures(given: str) -> list[Pictures]:
     return kinds
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        __doc__, ".venv/bin/python -m eval.run --model DIR --suite scenes --data outputs/scenes --output outputs/eval"
+    )
     parser.add_argument(
         "--model", required=True, action="append", help="[NAME=]folder of a model or adapter that mllm.train wrote"
     )

@@ -20,6 +20,7 @@ from eval.metrics import label_ranks, mean_per_class, share
 from eval.record import emit, questions_sha256, record
 from eval.tables import zero_shot_table
 from eval.templates import templates
+from vision_moe.command_help import CommandParser
 from vision_moe.embedding_cache import CachedEncoder
 from vision_moe.tracking import setup_logging
 
@@ -122,7 +123,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(
+        __doc__,
+        ".venv/bin/python -m eval.zero_shot --model scenes-clip --data imagenet/val --dataset imagenet --output b.json",
+    )
     parser.add_argument("--model", required=True, help="folder of a CLIPModel or CLIPMoEModel, or scenes-clip")
     parser.add_argument("--data", required=True, type=Path, help="folder of the data set")
     parser.add_argument(

@@ -31,7 +31,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionLossConfig:
-    """Compares the loss of answers with their picture and with a blank one."""
+    """Compares the loss of answers with their picture and with a blank one.
+
+    Example:
+        .venv/bin/python -m mllm.caption_loss --model outputs/llava/model --data captions.json --image_folder images
+    """
 
     model: Path
     """Folder of the LLaVA."""

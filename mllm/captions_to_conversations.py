@@ -37,7 +37,11 @@ _FINETUNE_QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionConfig:
-    """Turns photos with captions into LLaVA conversations."""
+    """Turns photos with captions into LLaVA conversations.
+
+    Example:
+        .venv/bin/python -m mllm.captions_to_conversations --data outputs/scenes --out outputs/conversations
+    """
 
     data: Path
     """Folder of WebDataset shards `{split}-*.tar`, or a .json/.jsonl list of captions."""

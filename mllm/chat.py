@@ -31,7 +31,11 @@ _HELP = "/image FILE adds a picture to the next question, /clear starts anew, /e
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """Chat with a LLaVA in the terminal."""
+    """Chat with a LLaVA in the terminal.
+
+    Example:
+        .venv/bin/python -m mllm.chat --model outputs/llava/model --image photo.jpg --question 'What is this?'
+    """
 
     model: str
     """Folder of a model or an adapter that mllm.train wrote."""

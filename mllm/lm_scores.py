@@ -26,7 +26,11 @@ _KEYS = ("input_ids", "labels")
 
 @dataclass(frozen=True, kw_only=True)
 class ScoresConfig:
-    """Scores a language model on dialogues that it was not trained on."""
+    """Scores a language model on dialogues that it was not trained on.
+
+    Example:
+        .venv/bin/python -m mllm.lm_scores --model scenes-llama --data outputs/scenes
+    """
 
     model: str
     """Language model: "scenes-llama", a folder or a hub name."""

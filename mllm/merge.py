@@ -29,7 +29,11 @@ _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Merges what a stage with LoRA or QLoRA trained into its base model, as a whole model folder."""
+    """Merges what a stage with LoRA or QLoRA trained into its base model, as a whole model folder.
+
+    Example:
+        .venv/bin/python -m mllm.merge --adapter outputs/llava/adapter --out outputs/merged
+    """
 
     adapter: Path
     """Folder that mllm.train wrote beside the stage's model."""

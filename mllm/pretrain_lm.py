@@ -43,6 +43,7 @@ from mllm.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.config import parse, write_yaml
 from vision_moe.files import write_json
+from vision_moe.interruption import says_how_to_go_on, stops_after_a_step
 from vision_moe.muon import MuonAdamW
 from vision_moe.tracking import MetricsCallback, setup_logging, write_environment
 
@@ -55,7 +56,11 @@ _ADAM_BETA2 = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainLMConfig:
-    """A Llama of a few million parameters, its tokenizer and its training."""
+    """A Llama of a few million parameters, its tokenizer and its training.
+
+    Example:
+        .venv/bin/python -m mllm.pretrain_lm mllm/recipes/scenes_lm.yaml --data outputs/scenes --output outputs/lm
+    """
 
     data: Path
     """Folder with llava_pretrain.json and llava_finetune.json."""
@@ -114,7 +119,9 @@ class PretrainLMConfig:
 def main() -> None:
     """Entry point."""
     setup_logging()
-    scores = run(parse(PretrainLMConfig))
+    config = parse(PretrainLMConfig)
+    with says_how_to_go_on(config.output):
+        scores = run(config)
     sys.stdout.write(json.dumps(scores) + "\n")
 
 
@@ -139,7 +146,8 @@ def run(config: PretrainLMConfig) -> dict[str, float]:
         seed=config.seed,
     )
     trainer = _trainer(config, model, rows)
-    trainer.train(resume_from_checkpoint=last_checkpoint(config.output / "checkpoints"))
+    with stops_after_a_step(trainer, config.output):
+        trainer.train(resume_from_checkpoint=last_checkpoint(config.output / "checkpoints"))
     scores = held_out_scores(trainer.model, tokenizer, held_out, pictures, config.seed)
     write_folder(config.output / "model", lambda folder: save(trainer.model, tokenizer, config.dtype, folder))
     write_json(config.output / "scores.json", scores)

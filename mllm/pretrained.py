@@ -9,6 +9,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from mllm.adapter import attach, find_base, is_adapter
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.quantization import Quantization, quantization_config
+from vision_moe.assets import find_model
 
 
 def load_model(
@@ -20,12 +21,12 @@ def load_model(
     """Loads a saved LLaVA, or an adapter together with its base model; arguments as in `mllm.generate.load`.
 
     Raises:
-        FileNotFoundError: an adapter's base model is not where it was.
+        FileNotFoundError: there is no such folder, or an adapter's base model is not where it was.
         ValueError: an unknown quantization, the folder lacks weights, or an adapter's base model has changed.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, report = LlavaMoEForConditionalGeneration.from_pretrained(
-        find_base(Path(folder)) if is_adapter(folder) else folder,
+        find_base(Path(folder)) if is_adapter(folder) else find_model(str(folder)),
         dtype=dtype or "auto",
         device_map={"": device},
         quantization_config=None if quantization is None else quantization_config(quantization),

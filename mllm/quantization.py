@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from vision_moe.extras import require
+
 Quantization = Literal["4bit", "8bit"]
 # Full names: "vision_tower" alone would match nothing, and the tower would be quantised unnoticed.
 _SPARED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
@@ -22,7 +24,9 @@ def quantization_config(quantization: str, compute_dtype: torch.dtype = torch.bf
 
     Raises:
         ValueError: neither of the two.
+        ModuleNotFoundError: bitsandbytes is not installed.
     """
+    require("quant", "bitsandbytes")
     if quantization == "4bit":
         return BitsAndBytesConfig(
             load_in_4bit=True,

@@ -178,7 +178,11 @@ def _finetune() -> StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
-    """Trains LLaVA-1.5 with a CLIP or CLIP-MoE as its vision tower: stage pretrain, then stage finetune."""
+    """Trains LLaVA-1.5 with a CLIP or CLIP-MoE as its vision tower: stage pretrain, then stage finetune.
+
+    Example:
+        bash scripts/llava_finetune.sh mllm/recipes/scenes.yaml --vision CLIP_MOE_DIR --output outputs/llava
+    """
 
     output: Path
     """Folder of the run; an interrupted run goes on when it is started again with the same recipe."""

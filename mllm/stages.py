@@ -22,6 +22,7 @@ from mllm.deepspeed_setup import keep_blocks_whole, zero_stage
 from mllm.evaluation import TaskEvaluation
 from mllm.generate import Chat
 from mllm.images import set_aspect_ratio
+from mllm.llava_card import write_llava_card
 from mllm.merge import merge_adapter
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.parts import set_trainable
@@ -37,6 +38,7 @@ from mllm.watchdog import HangWatchdog
 from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.files import weights_sha256, write_json
+from vision_moe.interruption import stops_after_a_step
 from vision_moe.trackers import tracker_callbacks
 from vision_moe.tracking import MetricsCallback
 
@@ -84,7 +86,8 @@ class StageRunner:
         if checkpoint:
             logger.info("stage %s goes on from %s", name, checkpoint)
         began = time.monotonic()
-        with HangWatchdog(folder, self.config.hang_timeout).watching(trainer):
+        watchdog = HangWatchdog(folder, self.config.hang_timeout)
+        with stops_after_a_step(trainer, self.config.output), watchdog.watching(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
         summary = {
             "name": name,
@@ -96,6 +99,8 @@ class StageRunner:
         }
         self._save(trainer, stage, start, target)
         if is_main():
+            for written in (target, *([target.with_name("adapter")] if stage.llm == "lora" else [])):
+                write_llava_card(self.config, name, written, summary)
             write_json(folder / "stage.json", summary)
         barrier()
         self._clean(folder)

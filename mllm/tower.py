@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
-from vision_moe.assets import resolve_model
+from vision_moe.assets import find_model
 from vision_moe.convert.__main__ import OPEN_CLIP_CONFIG, convert
 from vision_moe.model import CLIPMoEVisionModel
 from vision_moe.model.families import ENCODER_BY_TYPE, TOWER_BY_TYPE, tower_family
@@ -19,7 +20,7 @@ def resolve_tower(name: str, converted: Path) -> str:
         name: "scenes-clip", a folder, a hub name, or a folder as open_clip writes it.
         converted: where the model of an open_clip folder is written, unless it is there.
     """
-    folder = Path(resolve_model(name))
+    folder = Path(find_model(name))
     if not (folder / OPEN_CLIP_CONFIG).is_file() or (folder / "config.json").is_file():
         return str(folder) if folder.is_dir() else name
     if not converted.is_dir():
@@ -86,7 +87,13 @@ def _from_folder(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(f"{folder} is a {model_type!r}; a vision tower must be (of) one of: {known}")
     # A CLIP's tower loads without the text tower.
     loader = {"clip": CLIPVisionModel, "clip_moe": CLIPMoEVisionModel}.get(model_type, AutoModel)
-    model, report = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    # transformers would list the weights of the text tower, which are left out on purpose, as a warning.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, report = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ValueError(
             f"{folder} does not hold the whole vision tower: missing {sorted(report['missing_keys'])}, of another "

@@ -22,6 +22,7 @@ from mllm.tower import resolve_tower
 from vision_moe.config import parse
 from vision_moe.data.scenes import ScenesArguments, generate
 from vision_moe.distributed import barrier, is_main
+from vision_moe.interruption import says_how_to_go_on
 from vision_moe.launcher import die_with_launcher
 from vision_moe.run_folder import check_folder, claim_folder
 from vision_moe.trackers import check_trackers
@@ -38,7 +39,9 @@ def main() -> None:
     """Entry point."""
     die_with_launcher()
     setup_logging()
-    model = run(parse(LlavaConfig, smoke=_SMOKE))
+    config = parse(LlavaConfig, smoke=_SMOKE)
+    with says_how_to_go_on(config.output):
+        model = run(config)
     logger.info("the model is in %s", model)
 
 

@@ -43,6 +43,7 @@ if [ "$($python -c 'import torch; print(torch.cuda.device_count())')" = 0 ] && [
 fi
 step() { printf '\n\033[1m== %s\033[0m (%s)\n' "$1" "$(date +%H:%M:%S)"; }
 started=$SECONDS
+trap 'printf "\nstopped; to go on:  %s\n" "$command" >&2; exit 130' INT
 
 step "1/6 Scenes: pictures, captions, dialogues, questions"
 # shellcheck disable=SC2086  # several arguments on purpose, here and below

@@ -1,4 +1,5 @@
-"""Every command of the README runs, in its smoke form."""
+"""Every command of README and docs runs, in its smoke form; what a page shows but needs data or machines that are not
+here is listed with the reason."""
 
 import os
 import re
@@ -6,17 +7,58 @@ import shlex
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 README = CHECKOUT / "README.md"
 
 
-def commands() -> list[str]:
-    """Lines of the README's bash blocks, continued lines joined, comments removed."""
-    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(), flags=re.S)
+PAGES = sorted((CHECKOUT / "docs").rglob("*.md"))
+# Parts of commands that cannot run here, and why; their flags are checked all the same (tests/test_commands.py).
+ELSEWHERE = {
+    "mllm.convert": "needs a checkpoint of LLaVA, which no package index carries",
+    "mllm.merge": "needs the adapter of a run; tests/mllm/training/test_adapters.py has one",
+    "outputs/RUN/adapter": "as above",
+    "vision_moe.convert SRC": "needs a checkpoint; tests/vision_moe/convert has small ones",
+    "https://host": "needs a server; tests/vision_moe/training/test_streamed_run.py streams",
+    "--node-rank": "needs two machines",
+    "NNODES=2": "needs two machines",
+    "--protocol coco2017": "needs COCO",
+    "mmbench_en_dev": "needs the model hub",
+    "scripts/test.sh": "this is it",
+    "scripts/setup.sh": "has run",
+    "demo.app": "is started by the README's test",
+    "scripts/quickstart.sh": "is run by the README's test",
+    "outputs/quickstart": "as above",
+}
+# What stands for data that a page names and that is not here.
+STAND_INS = {
+    "NPROC=8 ": "",
+    "share-captioner_coco_lcs_sam_1246k_1107.json": "outputs/scenes/llava_pretrain.json",
+    "--data.image_dir data/": "--data.image_dir outputs/scenes/images",
+    "coco_val2017.json": "outputs/scenes/llava_pretrain.json",
+    "blip_laion_cc_sbu_558k.json": "outputs/scenes/llava_pretrain.json",
+    "llava_v1_5_mix665k.json": "outputs/scenes/llava_finetune.json",
+    "IMAGES_558K": "outputs/scenes/images",
+    "IMAGES_665K": "outputs/scenes/images",
+    "outputs/scenes40k": "outputs/scenes",
+    "--num 40000 --num-test 2000 --seed 0": "--num 96 --num-test 24 --seed 1",
+    "data.check PATH": "data.check outputs/scenes --caption_field long",
+    "--model FOLDER": "--model scenes-clip",
+    " --output report.json": " --output outputs/report.json",
+    "--tokenizer MODEL": "--tokenizer scenes-clip",
+    " --caption_field F": "",
+}
+
+
+def commands(page: Path = README) -> list[str]:
+    """Lines of a page's bash blocks, continued lines joined, comments removed."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip()]
 
@@ -27,6 +69,10 @@ def smoke_form(command: str, outputs: Path) -> str:
     if "train_encoder.sh" in command or "llava_finetune.sh" in command:
         # The overlay names a tiny tower of its own; the README's is what comes out of the step before.
         command += " --smoke"
+    if "mllm.data.check" in command:
+        command += " --show 1"
+    if "vision_moe.analysis" in command:
+        command += " --limit 8 --similarity_tokens 20"
     if "quickstart.sh" in command:
         command += f" --smoke --output {outputs}/quickstart"
     if "eval.run" in command:
@@ -49,15 +95,37 @@ def test_the_readme_names_the_commands_that_are_its_contract():
         "bash scripts/llava_finetune.sh",
         ".venv/bin/python -m eval.run",
         ".venv/bin/python -m demo.app",
+        ".venv/bin/python -m vision_moe.doctor",
     ):
         assert sum(command.startswith(start) for command in found) == 1, start
-    assert len(found) == 7
+    assert len(found) == 8
 
 
 def test_links_of_the_readme_and_docs_exist():
-    for page in (README, *sorted((CHECKOUT / "docs").glob("*.md"))):
+    for page in (README, *PAGES):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    def pages(entries: list[Any]) -> Iterator[str]:
+        for entry in entries:
+            for value in entry.values() if isinstance(entry, dict) else [entry]:
+                yield from pages(value) if isinstance(value, list) else [value]
+
+    named = list(pages(yaml.safe_load((CHECKOUT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    assert sorted(named) == sorted(page.relative_to(CHECKOUT / "docs").as_posix() for page in PAGES)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Dead links, pages outside the navigation and commands that have lost their help end the build."""
+    run(f".venv/bin/mkdocs build --strict --site-dir {tmp_path}/site")
+    commands_page = (tmp_path / "site" / "reference" / "commands.html").read_text(encoding="utf-8")
+    assert "python -m vision_moe.train [RECIPE.yaml ...]" in commands_page
+    fields_page = (tmp_path / "site" / "reference" / "recipes.html").read_text(encoding="utf-8")
+    assert "mcl.learning_rate" in fields_page
+    assert "merge_donors" in (tmp_path / "site" / "reference" / "python.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -75,6 +143,22 @@ def test_every_command_of_the_readme_runs(tmp_path):
         assert heading in report
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", report):
         assert (tmp_path / "quickstart" / picture).is_file(), picture
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(CHECKOUT / "docs").with_suffix("").as_posix())
+def test_every_command_of_a_page_runs(page, tmp_path):
+    found = [command for command in commands(page) if not any(part in command for part in ELSEWHERE)]
+    if not found:
+        pytest.skip("shows no command that can run here")
+    for command in found:
+        for shown, here in STAND_INS.items():
+            command = command.replace(shown, here)
+        command = re.sub(r"(?<!\S)\[(--[^]]*)\]", r"\1", command)
+        command = re.sub(r"(?<!\S)python -m", ".venv/bin/python -m", command)
+        if "outputs/scenes" in command and "data.scenes" not in command and not (tmp_path / "scenes").is_dir():
+            run(smoke_form("python -m vision_moe.data.scenes --out outputs/scenes --num 96 --num-test 24", tmp_path))
+        run(smoke_form(command, tmp_path))
 
 
 def answers(command: str) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel
 
 import vision_moe.model  # noqa: F401  # registers the model types
+from vision_moe.assets import find_model
 from vision_moe.config import parse
 from vision_moe.data.captions import CaptionDataset, open_captions
 from vision_moe.expert_report import render
@@ -82,7 +83,11 @@ def experts_alone(model: Any, processor: Any, dataset: CaptionDataset, *, batch_
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisConfig:
-    """What the experts of a CLIP-MoE or a LIMoE do over image-caption pairs: tables, heat maps and contact sheets."""
+    """What the experts of a CLIP-MoE or a LIMoE do over image-caption pairs: tables, heat maps and contact sheets.
+
+    Example:
+        .venv/bin/python -m vision_moe.analysis --model outputs/encoder/dmu/model --data outputs/scenes --output experts
+    """
 
     model: str
     """CLIP-MoE or LIMoE with its processor: a folder or a hub name."""
@@ -169,8 +174,9 @@ def main(args: list[str] | None = None) -> None:
     if len(set(names)) != len(names):
         raise ValueError(f"data sets of one name would write over each other: {', '.join(names)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(config.model).to(device)
-    processor = load_processor(config.model)
+    folder = find_model(config.model)
+    model = AutoModel.from_pretrained(folder).to(device)
+    processor = load_processor(folder)
     found = {
         name: analyze(config, model, processor, data, config.output / name if len(folders) > 1 else config.output)
         for name, data in zip(names, folders, strict=True)

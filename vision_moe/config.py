@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import auto_cli, set_parsing_settings
+from jsonargparse import ArgumentError, auto_cli, set_parsing_settings
 
+from vision_moe.command_help import complain, details, screen
+from vision_moe.fields import all_fields
 from vision_moe.files import write_text
 
 Config = TypeVar("Config")
@@ -22,15 +24,17 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, *, smoke: Path |
     """Builds `cls` from `RECIPE.yaml [RECIPE2.yaml ...] [--field value ...] [--part.field value ...]`.
 
     Args:
-        cls: a dataclass; nested dataclasses become groups of flags; attribute docstrings become `--help`.
+        cls: a dataclass; nested dataclasses become groups of flags; attribute docstrings become `--help` (on one
+            screen; `--help FIELD`, `--help GROUP` and `--help all` tell more).
         args: command line without the program's name; `sys.argv[1:]` if None.
         smoke: overlay recipe that the flag `--smoke` applies after the others.
 
     Raises:
-        FileNotFoundError: a recipe does not exist.
-        SystemExit: an option or value is not accepted; the message on stderr names it.
+        SystemExit: after `--help`; or a recipe does not exist, or an option or value is not accepted, which the message
+            on stderr names, with the nearest name there is.
     """
     rest = list(sys.argv[1:] if args is None else args)
+    _help(cls, rest, smoke is not None)
     recipes: list[Path] = []
     while rest and not rest[0].startswith("-"):
         recipes.append(Path(rest.pop(0)))
@@ -40,12 +44,33 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, *, smoke: Path |
     flags: list[str] = []
     for recipe in recipes:
         if not recipe.is_file():
-            raise FileNotFoundError(f"no recipe {recipe}{_nearest(recipe)}")
+            complain(f"no recipe {recipe}{_nearest(recipe)}", [])
         flags += ["--config", str(recipe)]
     # The strings below the fields of a dataclass are the help of its flags.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    built: Config = auto_cli(cls, args=flags + rest, as_positional=False)
+    try:
+        built: Config = auto_cli(cls, args=flags + rest, as_positional=False, exit_on_error=False)
+    except ArgumentError as error:
+        complain(str(error), _flags(cls))
     return built
+
+
+def _flags(cls: type) -> list[str]:
+    return [f"--{field.name}" for field in all_fields(cls)]
+
+
+def _help(cls: type, args: Sequence[str], smoke: bool) -> None:
+    asked = next((position for position, word in enumerate(args) if word in ("-h", "--help")), None)
+    if asked is None:
+        return
+    name = args[asked + 1] if asked + 1 < len(args) else None
+    if name is None:
+        sys.stdout.write(screen(cls, smoke))
+    elif (text := details(cls, name)) is not None:
+        sys.stdout.write(text)
+    else:
+        complain(f"unrecognized arguments: --{name.lstrip('-')}", _flags(cls))
+    raise SystemExit(0)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -16,7 +16,11 @@ from vision_moe.plots import plot_curves
 
 @dataclass(frozen=True, kw_only=True)
 class CurvesConfig:
-    """Logged values over steps: one panel a key, one line a run."""
+    """Logged values over steps: one panel a key, one line a run.
+
+    Example:
+        .venv/bin/python -m vision_moe.curves --runs '{mine: outputs/encoder/metrics.jsonl}' --output curves.png
+    """
 
     runs: dict[str, Path]
     """metrics.jsonl of each run, by its name in the legend."""

@@ -13,6 +13,7 @@ from vision_moe.analysis import utilization
 from vision_moe.data.captions import CaptionDataset, open_dataset
 from vision_moe.data.read_config import all_fields
 from vision_moe.distributed import barrier, is_main, rank, world_size
+from vision_moe.encoder_card import write_encoder_card
 from vision_moe.factors import factor_accuracy
 from vision_moe.files import write_json, write_text
 from vision_moe.modality_routing import modality_table
@@ -53,7 +54,10 @@ def write_report(
             write_json(scores, _evaluate(config, folder, processor, dataset))
     barrier()
     if is_main():
-        _write_tables(config, {name: json.loads(_scores_file(folder).read_text()) for name, folder in models.items()})
+        rows = {name: json.loads(_scores_file(folder).read_text()) for name, folder in models.items()}
+        for name, folder in models.items():
+            write_encoder_card(config, folder.parent.name, rows[name])
+        _write_tables(config, rows)
 
 
 def _write_tables(config: TrainConfig, rows: dict[str, Any]) -> None:

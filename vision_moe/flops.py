@@ -87,7 +87,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FlopsConfig:
-    """Which models are compared."""
+    """Which models are compared.
+
+    Example:
+        .venv/bin/python -m vision_moe.flops --presets '[ViT-B-16]'
+    """
 
     presets: tuple[Preset, ...] = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
     """OpenAI's models, each dense and with mixtures."""

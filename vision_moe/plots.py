@@ -41,7 +41,8 @@ def plot_curves(files: Mapping[str, Path], output: Path, *, keys: Sequence[str] 
             panel.plot(steps, values, label=label, color=COLORS[index % len(COLORS)], linewidth=1.4)
         panel.set(xlabel="step", ylabel=key)
         _plain(panel)
-        panel.legend(frameon=False, fontsize=8)
+        if any(label for label, *_ in lines):
+            panel.legend(frameon=False, fontsize=8)
     _save(figure, output)
 
 

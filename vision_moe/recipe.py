@@ -149,7 +149,11 @@ def _router_stage() -> StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Trains an encoder: a dense CLIP becomes a CLIP-MoE by DMU, beside its baselines; or a LIMoE from nothing."""
+    """Trains an encoder: a dense CLIP becomes a CLIP-MoE by DMU, beside its baselines; or a LIMoE from nothing.
+
+    Example:
+        bash scripts/train_encoder.sh vision_moe/recipes/scenes.yaml --data.train outputs/scenes --output o
+    """
 
     output: Path
     """Folder of the run; an interrupted run goes on when it is started again with the same recipe."""

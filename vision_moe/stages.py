@@ -22,8 +22,10 @@ from vision_moe.data.sampler import ClusterBatchSampler, EpochBatchSampler
 from vision_moe.data.stream_loader import StreamLoader, load_state
 from vision_moe.distributed import barrier, is_main, rank, sum_over_ranks, world_size
 from vision_moe.ema import EMACallback
+from vision_moe.encoder_card import write_encoder_card
 from vision_moe.files import write_json
 from vision_moe.freeze import set_trainable
+from vision_moe.interruption import stops_after_a_step
 from vision_moe.model.families import ENCODER_BY_TYPE, text_padding
 from vision_moe.muon import MuonAdamW
 from vision_moe.patch_dropout import PatchDropoutCallback
@@ -126,7 +128,8 @@ class StageRunner:
         if checkpoint:
             logger.info("stage %s goes on from %s", stage.name, checkpoint)
         start = time.monotonic()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with stops_after_a_step(trainer, self.config.output):
+            trainer.train(resume_from_checkpoint=checkpoint)
         batches = sampler.report() if isinstance(sampler, ClusterBatchSampler) else None
         summary = {"cluster_batches": batches, "stream": None if loader is None else _stream_report(loader, trainer)}
         seconds = time.monotonic() - start
@@ -163,6 +166,7 @@ class StageRunner:
                 **more,
             }
             write_json(folder / "stage.json", summary)
+            write_encoder_card(self.config, stage.name)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         barrier()
 
@@ -184,16 +188,9 @@ class StageRunner:
             )
         if stage.labels_N is None:
             return EpochBatchSampler(len(self.dataset), batch, num_steps, seed, rank(), world_size())
-        return ClusterBatchSampler(
-            stage.labels_N,
-            batch,
-            num_steps,
-            seed,
-            rank(),
-            world_size(),
-            small_clusters=self.config.clustering.small_clusters,
-            ancestors=stage.ancestors,
-        )
+        small = self.config.clustering.small_clusters
+        sizes = (batch, num_steps, seed, rank(), world_size())
+        return ClusterBatchSampler(stage.labels_N, *sizes, small_clusters=small, ancestors=stage.ancestors)
 
     def _stream_loader(self, stage: Stage, checkpoint: str | None, collator: CaptionCollator) -> StreamLoader | None:
         """The loader of a stage that draws at random, where the data are streamed."""

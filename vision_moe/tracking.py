@@ -6,20 +6,23 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from vision_moe.files import write_json, write_text
 
+_OURS = ("vision_moe", "mllm", "eval", "demo", "__main__")
 _PACKAGES = ("vision-moe", "torch", "transformers", "accelerate", "deepspeed", "peft", "lmms-eval", "numpy")
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Configures logging of an entry point: INFO on rank 0, warnings on the other ranks."""
+    """Configures logging of an entry point: INFO on rank 0, warnings on the other ranks, of libraries each once."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=level if rank == 0 else logging.WARNING,
@@ -27,8 +30,32 @@ def setup_logging(level: int = logging.INFO) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
+    logging.captureWarnings(True)
+    # Messages of transformers go the way of all others; its bars over files mean nothing in a log.
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_OncePerMessage())
     for noisy in ("httpx", "matplotlib", "PIL", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _OncePerMessage(logging.Filter):
+    """Shows what a library says once, however often it says it; what we say is shown every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[tuple[str, object]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.split(".")[0] in _OURS:
+            return True
+        key = (record.name, record.msg if record.args else record.getMessage())
+        seen = key in self._seen
+        self._seen.add(key)
+        return not seen
 
 
 def environment() -> dict[str, Any]:

@@ -15,11 +15,12 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModel, PreTrainedModel, ProcessorMixin
 
-from vision_moe.assets import resolve_model
+from vision_moe.assets import find_model
 from vision_moe.config import parse
 from vision_moe.distributed import barrier, is_main
 from vision_moe.dmu import run_dmu, stage_samples, total_samples
 from vision_moe.encoder_report import open_eval_data, write_report
+from vision_moe.interruption import says_how_to_go_on
 from vision_moe.launcher import die_with_launcher
 from vision_moe.limoe import build_limoe
 from vision_moe.mixture import make_mixture
@@ -50,7 +51,9 @@ def main() -> None:
     die_with_launcher()
     # Rank 0 extracts features while the others wait, possibly for hours.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-    run(parse(TrainConfig, smoke=_SMOKE))
+    config = parse(TrainConfig, smoke=_SMOKE)
+    with says_how_to_go_on(config.output):
+        run(config)
 
 
 def run(config: TrainConfig) -> dict[str, Path]:
@@ -88,14 +91,14 @@ def _start(config: TrainConfig, dataset: TrainingData) -> tuple[Path | None, Pro
     if set(config.methods) != {"limoe"}:
         return _dense_start(config, dataset)
     if config.model is not None:
-        return None, load_processor(resolve_model(config.model))
+        return None, load_processor(find_model(config.model))
     return None, build_processor(config.scratch, dataset.captions())
 
 
 def _dense_start(config: TrainConfig, dataset: TrainingData) -> tuple[Path, ProcessorMixin]:
     """Folder of the dense model that everything starts from, and its processor."""
     if config.model is not None:
-        source = resolve_model(config.model)
+        source = find_model(config.model)
         processor = load_processor(source)
         runner = StageRunner(config, dataset, processor)
         folder = config.output / "start" / "model"

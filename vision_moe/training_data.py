@@ -1,6 +1,7 @@
 """The training pictures of a run: at random access, as a stream, or both."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from vision_moe.data.captions import CaptionDataset, open_dataset
 from vision_moe.data.hf import stream_hf
@@ -26,6 +27,8 @@ class TrainingData:
         self.config = config
         data = config.data
         if data.eval is None and not has_splits(data.train, data):
+            if not data.streaming and not Path(data.train).exists():
+                raise FileNotFoundError(f"no data at {data.train} (data.train); docs/data.md says what it may name")
             raise ValueError(
                 f"{data.train} has no splits, so the final table would be measured on the training set: set data.eval"
             )

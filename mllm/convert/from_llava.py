@@ -3,7 +3,6 @@
 --llava is a whole `llava_llama` folder, or, with --projector or --lora, the language model that LLaVA started from.
 """
 
-import argparse
 import json
 import logging
 import re
@@ -24,6 +23,7 @@ from mllm.convert.names import check_fit, refuse, split_parts, without_peft
 from mllm.convert.weights import read_weights
 from mllm.templates import Template
 from mllm.tower_fingerprint import record_tower
+from vision_moe.command_help import CommandParser
 from vision_moe.convert.state_file import read_state
 from vision_moe.model.families import tower_family
 from vision_moe.tracking import setup_logging
@@ -121,10 +121,8 @@ def from_llava(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mllm.convert.from_llava",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        __doc__, ".venv/bin/python -m mllm.convert.from_llava --llava llava-v1.5-7b --out outputs/llava_7b"
     )
     parser.add_argument("--llava", type=Path, required=True, help="llava_llama folder, or the language model")
     parser.add_argument("--projector", type=Path, help="mm_projector.bin of LLaVA's pretraining")

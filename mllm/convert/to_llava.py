@@ -4,7 +4,6 @@ OUT is what LLaVA's own code loads as `llava_llama`: language model and projecto
 config.json names. LLaVA reads the tower of a plain CLIP alone.
 """
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.pretrained import load_model, load_processor
 from mllm.tower import load_tower
 from vision_moe.checkpoint import write_folder
+from vision_moe.command_help import CommandParser
 from vision_moe.convert.state_file import write_state
 from vision_moe.files import write_json
 from vision_moe.tracking import setup_logging
@@ -62,10 +62,9 @@ def to_llava(model_dir: Path, out_dir: Path, vision: str | None = None, *, proje
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mllm.convert.to_llava",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        __doc__,
+        ".venv/bin/python -m mllm.convert.to_llava --model outputs/scenes_llava/model --out outputs/llava_layout",
     )
     parser.add_argument("--model", dest="model_dir", type=Path, required=True, help="model folder of mllm.train")
     parser.add_argument("--out", dest="out_dir", type=Path, required=True, help="folder to write, replaced if there")

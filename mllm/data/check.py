@@ -35,7 +35,11 @@ _PROBLEMS_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(LlavaConfig):
-    """Checks the data of a LLaVA recipe."""
+    """Checks the data of a LLaVA recipe.
+
+    Example:
+        .venv/bin/python -m mllm.data.check mllm/recipes/scenes.yaml --scenes 50
+    """
 
     output: Path = Path("outputs/llava_check")
     """Folder of the run; the index of the data, which a run finds again, and built-in pictures are kept there."""

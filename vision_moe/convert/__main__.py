@@ -5,7 +5,6 @@ open_clip folder, or a transformers folder or hub name. DST is a transformers fo
 .safetensors, the state dict of the official code (CLIP-MoE) or of open_clip (dense).
 """
 
-import argparse
 import json
 import logging
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from transformers import AutoModel, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from vision_moe.checkpoint import write_folder
+from vision_moe.command_help import CommandParser
 from vision_moe.convert.official import from_official, is_official, to_official
 from vision_moe.convert.open_clip import architecture, from_state, to_open_clip
 from vision_moe.convert.processor import OPENAI_VOCAB, image_processor, openai_tokenizer, resized
@@ -72,11 +72,9 @@ def convert(
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vision_moe.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="DINOv2 as an image tower: python -m vision_moe.convert.dinov2 --help",
+    parser = CommandParser(
+        __doc__,
+        ".venv/bin/python -m vision_moe.convert clip-moe-4-2-sharegpt4v.pt outputs/clip_moe --num-experts-per-tok 2",
     )
     parser.add_argument("src", help="state dict, open_clip folder, transformers folder or hub name")
     parser.add_argument("dst", type=Path, help="folder, or file ending in .pt or .safetensors")

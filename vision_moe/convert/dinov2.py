@@ -7,7 +7,6 @@ position embeddings of the patches, and there is no norm before the first block 
 D model dim.
 """
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, Dinov2Config, Dinov2Model
 
 from vision_moe.checkpoint import write_folder
+from vision_moe.command_help import CommandParser
 from vision_moe.model import CLIPMoEVisionConfig, CLIPMoEVisionModel
 from vision_moe.tracking import setup_logging
 
@@ -126,7 +126,9 @@ def read_onnx(file: Path, config: Dinov2Config) -> Dinov2Model:
 
 def main() -> None:
     """Writes the image tower and its image processor as one Hugging Face folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        __doc__, ".venv/bin/python -m vision_moe.convert.dinov2 --model facebook/dinov2-small --out outputs/dinov2_s"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--model", default="facebook/dinov2-small", help="hub name or folder of a Dinov2Model")
     parser.add_argument("--onnx", type=Path, help="ONNX export of a DINOv2-S/14, instead of --model")

@@ -33,7 +33,11 @@ from vision_moe.tracking import setup_logging
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(ReadConfig):
-    """Says what is wrong with captioned pictures before a training meets it."""
+    """Says what is wrong with captioned pictures before a training meets it.
+
+    Example:
+        .venv/bin/python -m vision_moe.data.check outputs/scenes --split test
+    """
 
     data: str
     """What data.train of a recipe names (docs/data.md); the first argument may stand for it."""

@@ -7,7 +7,6 @@ says what was asked for and is the mark of a finished set. The set is made in a 
 end, so DIR is never half-written.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vision_moe.command_help import CommandParser
 from vision_moe.data.scene_dialogues import Captioned, Record, finetune_records, pope_lines, pretrain_records
 from vision_moe.data.scene_factors import FACTOR_VALUES
 from vision_moe.data.scene_render import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
@@ -154,7 +154,10 @@ def _write_list(path: Path, records: Sequence[Record]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m vision_moe.data.scenes", description="Draw the Scenes data set.")
+    parser = CommandParser(
+        "Draws Scenes, the built-in data set.",
+        ".venv/bin/python -m vision_moe.data.scenes --out outputs/scenes --num 8000 --num-test 1000 --seed 1",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the set")
     parser.add_argument("--num", type=int, required=True, help="training pictures")
     parser.add_argument("--num-test", type=int, help="test pictures (default: a tenth of --num, at least 200)")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -58,6 +59,10 @@ def test_run_trains_the_projector_then_the_language_model_and_leaves_the_tower(m
     llm = {name for name in finetuned if "language_model" in name}
     projector = {name for name in finetuned if "multi_modal_projector" in name}
     assert tower | llm | projector == set(finetuned)
+    card = ModelCard.load(model / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert "| samples seen | 12 |" in card.text
+    assert "No benchmark was part of this run" in card.text
     assert all(torch.equal(pretrained[name], finetuned[name]) for name in tower)
     assert any(not torch.equal(pretrained[name], finetuned[name]) for name in llm)
     assert all(not torch.equal(pretrained[name], finetuned[name]) for name in projector)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -226,3 +227,17 @@ def test_two_processes_train_what_one_process_trains(unbroken, flags, tmp_path):
             scale = (theirs[name] - start[name]).abs().max() if name in start else theirs[name].abs().max()
             is_other = (ours[name] - theirs[name]).abs() > 1e-2 * scale + 1e-4
             assert is_other.float().mean() <= 0.03, (stage, name)
+
+
+def test_every_model_has_a_card_with_the_numbers_of_the_run(unbroken):
+    results = json.loads((unbroken / "results.json").read_text())
+    for stage, row in results["models"].items():
+        card = ModelCard.load(unbroken / stage / "model" / "README.md")
+        wanted = row["retrieval"]["image_to_text"]["R@1"]
+        assert card.data.eval_results[0].metric_value == pytest.approx(wanted, abs=1e-4)
+        assert card.data.pipeline_tag == "zero-shot-image-classification"
+        assert f"| samples seen | {results['stages'][stage]['samples']} |" in card.text
+        assert "global_batch_size: 32" in card.text
+        low, high = row["retrieval"]["mean_R@1_interval"]
+        assert f"(95 % interval {100 * low:.1f} to {100 * high:.1f})" in card.text
+    assert "mixture-of-experts" in ModelCard.load(unbroken / "dmu" / "model" / "README.md").data.tags

@@ -134,7 +134,7 @@ def test_data_without_splits_need_others_to_evaluate_on(open_training, tmp_path)
 
 def test_all_fields_of_reading_are_flags_with_help(capsys):
     with pytest.raises(SystemExit):
-        parse(TrainConfig, ["--help"])
+        parse(TrainConfig, ["--help", "all"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--data.allow_pipe" in text
     assert "run its shell command with your rights" in text
