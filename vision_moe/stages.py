@@ -116,6 +116,7 @@ class StageRunner:
             label_smoothing=stage.config.label_smoothing,
             groups_N=stage.labels_N if isinstance(sampler, ClusterBatchSampler) else None,
             grad_cache_batch_size=stage.config.grad_cache_batch_size,
+            loss_tile=stage.config.loss_tile,
             callbacks=self._callbacks(stage, model, checkpoint),
             # None: the Trainer's AdamW. Under DeepSpeed, which shards what Muon needs whole, it takes no other.
             optimizers=(_muon(model, stage.config) if stage.config.optimizer == "muon" else None, None),
@@ -244,7 +245,6 @@ def _stream_report(loader: StreamLoader, trainer: ContrastiveTrainer) -> dict[st
 
 def _plan(stage: Stage, sampler: EpochBatchSampler | ClusterBatchSampler | None, num_steps: int) -> str:
     plan = f"{stage.samples} pairs in {num_steps} steps"
-    if not isinstance(sampler, ClusterBatchSampler):
-        return plan
-    counts = {name: value for name, value in sampler.report().items() if name != "sizes"}
-    return f"{plan}, an epoch of which has {counts}"
+    if isinstance(sampler, ClusterBatchSampler):
+        plan += f", an epoch of which has { {name: n for name, n in sampler.report().items() if name != 'sizes'} }"
+    return plan

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vision_moe.kernels import ExpertWeights, gemm, grouped_mlp, reference, routed_mlp
+from vision_moe.kernels import ExpertWeights, gemm, gemm_choice, grouped_mlp, reference, routed_mlp
 from vision_moe.testing import assert_close
 
 SHAPES = [(64, 4, 2, 32, 48), (63, 7, 3, 16, 64), (1, 4, 2, 16, 16), (16, 4, 4, 16, 32), (9, 1, 1, 16, 16)]
@@ -14,11 +14,11 @@ NAMES = ("output", "x", "gates", "w1", "b1", "w2", "b2")
 @pytest.fixture(params=["torch", "onednn"])
 def provider(request, monkeypatch):
     """Both roads of the matrix products, whatever the measurement would pick, and at any size."""
-    if request.param == "onednn" and not gemm.onednn_works(torch.float32):
+    if request.param == "onednn" and not gemm_choice.onednn_works(torch.float32):
         pytest.skip("this torch has no oneDNN linear for float32")
     monkeypatch.setattr(gemm, "MIN_WORK", 0)
     monkeypatch.setattr(
-        gemm, "onednn_wins", lambda dtype, product: request.param == "onednn" and gemm.onednn_works(dtype)
+        gemm, "onednn_wins", lambda dtype, product: request.param == "onednn" and gemm_choice.onednn_works(dtype)
     )
     return request.param
 
