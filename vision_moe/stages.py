@@ -99,7 +99,7 @@ class StageRunner:
         trained = set_trainable(model, stage.trainable)
         if stage.trainable in ("all", "text", "projections"):
             for parameter in _temperature(model):
-                parameter.requires_grad_(self._trains_logit_scale(stage))
+                parameter.requires_grad_(stage.name in _START_STAGES or self.config.train_logit_scale)
         num_steps = max(1, math.ceil(stage.samples / self.config.global_batch_size))
         checkpoint = last_checkpoint(folder / "checkpoints")
         collator = CaptionCollator(self.processor, padding=text_padding(model.config))
@@ -211,9 +211,6 @@ class StageRunner:
             state=None if checkpoint is None else load_state(Path(checkpoint), rank()),
         )
 
-    def _trains_logit_scale(self, stage: Stage) -> bool:
-        return stage.name in _START_STAGES or self.config.train_logit_scale
-
     def _set_logit_scale(self, model: PreTrainedModel, stage: Stage) -> None:
         family = ENCODER_BY_TYPE.get(model.config.model_type)
         if family is not None and family.loss == "sigmoid":
@@ -245,6 +242,7 @@ def _stream_report(loader: StreamLoader, trainer: ContrastiveTrainer) -> dict[st
 
 def _plan(stage: Stage, sampler: EpochBatchSampler | ClusterBatchSampler | None, num_steps: int) -> str:
     plan = f"{stage.samples} pairs in {num_steps} steps"
-    if isinstance(sampler, ClusterBatchSampler):
-        plan += f", an epoch of which has { {name: n for name, n in sampler.report().items() if name != 'sizes'} }"
-    return plan
+    if not isinstance(sampler, ClusterBatchSampler):
+        return plan
+    counts = {name: value for name, value in sampler.report().items() if name != "sizes"}
+    return f"{plan}, an epoch of which has {counts}"

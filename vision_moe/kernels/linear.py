@@ -91,3 +91,11 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's name
         """Maps float[..., I] to float[..., O]."""
         return linear(input, self.weight, self.bias)
+
+
+def replace_linears(block: nn.Module) -> None:
+    """Puts `Linear` in the place of every nn.Linear in a block, with the same parameters; subclasses stay."""
+    for module in list(block.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, Linear.replacing(child))
