@@ -1,4 +1,4 @@
-"""The CPU benchmark, `bash scripts/bench/run.sh`: one table of ratios, one thread, CPU time; JSON and a plot."""
+"""The CPU benchmark, `bash scripts/bench/run.sh`: one table of ratios, one thread, CPU time; JSON and a plot beside it."""
 
 import argparse
 import logging
@@ -21,7 +21,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, prog="scripts/bench/run.sh")
     parser.add_argument("--rounds", type=int, default=5, help="of layers; towers and levers take at most 3")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of the JSON and the plot")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of table, JSON and plot")
     parser.add_argument("--tiny", action="store_true", help="small sizes: that everything runs, no figures")
     return parser.parse_args()
 
@@ -43,7 +43,7 @@ def main() -> None:
         rows += levers.all_rows(args.rounds, peaks[torch.float32], tiny=args.tiny)
     if "language" in args.parts:
         rows += language.all_rows(args.rounds, tiny=args.tiny)
-    print_table(rows)
+    print_table(rows, file=args.output / "table.md")
     curves = growth.all_rows(min(args.rounds, 3), tiny=args.tiny) if "growth" in args.parts else []
     if curves:
         growth.plot(curves, args.output / "growth.png")

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from vision_moe import files
 from vision_moe.kernels import gemm_choice
 
 Row = dict[str, str | float]
@@ -99,13 +100,17 @@ def in_child(name: str, *arguments: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_table(rows: Iterable[Row], columns: tuple[str, ...] = COLUMNS) -> None:
-    """Markdown on stdout."""
-    print("| " + " | ".join(columns) + " |")
-    print("| " + " | ".join("---" for _ in columns) + " |")
+def print_table(rows: Iterable[Row], columns: tuple[str, ...] = COLUMNS, file: Path | None = None) -> None:
+    """Markdown on stdout and, if one is named, in a file."""
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     for row in rows:
         cells = (row.get(column, "") for column in columns)
-        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+        lines.append(
+            "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+        )
+    print("\n".join(lines))
+    if file is not None:
+        files.write_text(file, "\n".join(lines) + "\n")
 
 
 def write_json(rows: list[Row], file: Path, **more: Any) -> None:
@@ -116,6 +121,5 @@ def write_json(rows: list[Row], file: Path, **more: Any) -> None:
     # AMD's name does not say which generation it is.
     cpu += f" (family {about.get('cpu family')}, model {about.get('model')})" if about else ""
     where = {"cpu": cpu, "torch": torch.__version__, "threads": torch.get_num_threads(), "date": str(date.today())}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"where": where, **more, "rows": rows}, indent=1) + "\n")
+    files.write_json(file, {"where": where, **more, "rows": rows})
     print(f"\n{where}\nwritten to {file}")

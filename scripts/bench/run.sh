@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU benchmark: one table on stdout, JSON and a plot in runs/bench.
+# The CPU benchmark: one table on stdout and as table.md in runs/bench, with bench.json and growth.png.
 #
 #   bash scripts/bench/run.sh             a quarter of an hour on one core; run nothing beside it
 #   bash scripts/bench/run.sh --tiny      small sizes: that everything runs, no figures
