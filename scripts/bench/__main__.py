@@ -1,4 +1,4 @@
-"""The CPU benchmark, `bash scripts/bench/run.sh`: one table of ratios, one thread, CPU time; JSON and a plot beside it."""
+"""The CPU benchmark, `bash scripts/bench/run.sh`: one table of ratios, one thread, CPU time; JSON and a plot too."""
 
 import argparse
 import logging

@@ -86,6 +86,8 @@ def forward_rows(rounds: int, peaks: Mapping[torch.dtype, float], batch: int, *,
         with torch.no_grad():
             runners = {name: partial(tower, pixels) for name, tower in towers.items()}
             seconds = interleave(runners, rounds, f"tower {DTYPES[dtype]}")
+        # Before the next are made: the five take 4 GB.
+        del towers, runners
         is_full = dtype == torch.float32
         limits = {LOOP: 0.5 if is_full else 1.0, OPEN_CLIP: 0.75 if is_full else None}
         limits |= {TRANSFORMERS: None, OURS_DENSE: 1.45 if is_full else 1.66}
