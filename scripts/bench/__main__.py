@@ -3,6 +3,7 @@
 import argparse
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import encoder
@@ -11,7 +12,9 @@ import language
 import layers
 import levers
 import torch
-from measure import Row, peak, print_table, write_json
+from measure import Row, peak, table, write_json
+
+from vision_moe.files import write_text
 
 PARTS = ("layers", "encoder", "levers", "language", "growth")
 
@@ -27,29 +30,32 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Prints the table and writes the files."""
+    """Prints the table and writes the files, anew after every part: a run that is cut short leaves what it has."""
     args = arguments()
     # One table on stdout, and no progress of loading in between.
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     start = time.process_time()
     peaks = {dtype: peak(dtype, args.rounds, 64 if args.tiny else 1536) for dtype in layers.DTYPES}
-    rows: list[Row] = []
-    if "layers" in args.parts:
-        rows += layers.all_rows(args.rounds, peaks, tiny=args.tiny)
-    if "encoder" in args.parts:
-        rows += encoder.all_rows(args.rounds, peaks, tiny=args.tiny)
-    if "levers" in args.parts:
-        rows += levers.all_rows(args.rounds, peaks[torch.float32], tiny=args.tiny)
-    if "language" in args.parts:
-        rows += language.all_rows(args.rounds, tiny=args.tiny)
-    print_table(rows, file=args.output / "table.md")
-    curves = growth.all_rows(min(args.rounds, 3), tiny=args.tiny) if "growth" in args.parts else []
-    if curves:
-        growth.plot(curves, args.output / "growth.png")
     gflops = {layers.DTYPES[dtype]: round(value / 1e9, 1) for dtype, value in peaks.items()}
-    seconds = round(time.process_time() - start)
-    write_json(rows, args.output / "bench.json", gemm_peak_gflops=gflops, cpu_seconds=seconds, growth=curves)
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "layers": lambda: layers.all_rows(args.rounds, peaks, tiny=args.tiny),
+        "encoder": lambda: encoder.all_rows(args.rounds, peaks, tiny=args.tiny),
+        "levers": lambda: levers.all_rows(args.rounds, peaks[torch.float32], tiny=args.tiny),
+        "language": lambda: language.all_rows(args.rounds, tiny=args.tiny),
+        "growth": lambda: growth.all_rows(min(args.rounds, 3), tiny=args.tiny),
+    }
+    found: dict[str, list[Row]] = {}
+    for part in args.parts:
+        found[part] = parts[part]()
+        rows = [row for name, part_rows in found.items() if name != "growth" for row in part_rows]
+        more = {"gemm_peak_gflops": gflops, "cpu_seconds": round(time.process_time() - start)}
+        write_json(rows, args.output / "bench.json", **more, growth=found.get("growth", []))
+        write_text(args.output / "table.md", table(rows))
+    if "growth" in found:
+        growth.plot(found["growth"], args.output / "growth.png")
+    print(table(rows))
+    print(f"{more}; written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -100,17 +100,15 @@ def in_child(name: str, *arguments: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_table(rows: Iterable[Row], columns: tuple[str, ...] = COLUMNS, file: Path | None = None) -> None:
-    """Markdown on stdout and, if one is named, in a file."""
+def table(rows: Iterable[Row], columns: tuple[str, ...] = COLUMNS) -> str:
+    """The rows as Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     for row in rows:
         cells = (row.get(column, "") for column in columns)
         lines.append(
             "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
         )
-    print("\n".join(lines))
-    if file is not None:
-        files.write_text(file, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def write_json(rows: list[Row], file: Path, **more: Any) -> None:
@@ -122,4 +120,3 @@ def write_json(rows: list[Row], file: Path, **more: Any) -> None:
     cpu += f" (family {about.get('cpu family')}, model {about.get('model')})" if about else ""
     where = {"cpu": cpu, "torch": torch.__version__, "threads": torch.get_num_threads(), "date": str(date.today())}
     files.write_json(file, {"where": where, **more, "rows": rows})
-    print(f"\n{where}\nwritten to {file}")
