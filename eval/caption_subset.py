@@ -7,7 +7,6 @@ writes shards of the same form: `{split}-0000.tar` with the pictures that the wo
 the others, and with --holdout `held_{split}-0000.tar` with so many of the first, which are then left out of it.
 """
 
-import argparse
 import io
 import json
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vision_moe.command_help import CommandParser
 from vision_moe.data.caption_fields import captions_of
 from vision_moe.data.read_config import ReadConfig
 from vision_moe.data.sources import Source, open_source
@@ -61,7 +61,9 @@ def write_shard(source: Source, positions: Iterable[int], file: Path) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Writes the shards and says how many pictures each has."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        __doc__, ".venv/bin/python -m eval.caption_subset --data flickr8k --words dog dogs puppy --out outputs/dogs"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of shards")
     parser.add_argument("--split", default="train", help="shards {split}-*.tar are read")
     parser.add_argument("--words", nargs="+", required=True, help="whole words, in any case")

@@ -19,6 +19,7 @@ from eval.paper_tables import multimodal_table, retrieval_tables, zero_shot_tabl
 from eval.records import Found, of_benchmark, read_records
 from eval.tables import factors_table, imagenet_o_table, table, tasks_table, yes_no_table
 from mllm.blind import pixels_sha256
+from vision_moe.command_help import CommandParser
 from vision_moe.files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ th {{ background: #f3f3f3 }}
 </style></head><body>
 {body}</body></html>
 """
-
-from vision_moe.command_help import CommandParser
 
 
 def markdown(records: Sequence[Found], *, seed: int, pictures: Path | None = None, number: int = 0) -> str:

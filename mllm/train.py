@@ -24,7 +24,7 @@ from vision_moe.data.scenes import ScenesArguments, generate
 from vision_moe.distributed import barrier, is_main
 from vision_moe.interruption import says_how_to_go_on
 from vision_moe.launcher import die_with_launcher
-from vision_moe.run_folder import check_folder, claim_folder
+from vision_moe.run_folder import check_folder, claim_folder, same_products
 from vision_moe.trackers import check_trackers
 from vision_moe.tracking import setup_logging
 
@@ -58,7 +58,12 @@ def run(config: LlavaConfig) -> Path:
     if config.deepspeed != "none":
         init_deepspeed()
     claim_folder(config, config.output)
-    config = with_data(config)
+    with same_products(config.output):
+        return _run_stages(with_data(config))
+
+
+def _run_stages(config: LlavaConfig) -> Path:
+    """Runs the stages of a recipe whose data are all named; returns the folder of the finished model."""
     stages = enabled_stages(config)
     folders = [config.output / name / "model" for name, _ in stages[:-1]] + [config.output / "model"]
     start = config.output / "start"

@@ -1,11 +1,15 @@
 """The folder of a run belongs to one recipe: a continuation is welcome, another recipe is refused."""
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vision_moe.config import parse, to_dict, write_yaml
-from vision_moe.distributed import barrier, is_main
+from vision_moe.distributed import barrier, from_main, is_main
+from vision_moe.files import write_json
+from vision_moe.kernels import gemm_choice
 from vision_moe.tracking import write_environment
 
 
@@ -39,3 +43,20 @@ def claim_folder(config: Any, folder: Path) -> None:
         write_yaml(config, folder / "config.yaml")
         write_environment(folder)
     barrier()
+
+
+@contextmanager
+def same_products(folder: Path) -> Iterator[None]:
+    """Takes matrix products on CPU, in the block and on every rank, as this run did from its start.
+
+    Which of two implementations is faster is measured when a run starts and kept in its folder: measured again, the
+    choice could change, and a resumed run would differ from an unbroken one in the last bits.
+
+    Args:
+        folder: of the run.
+    """
+    file = folder / "products.json"
+    if is_main() and not file.is_file():
+        write_json(file, gemm_choice.measured())
+    with gemm_choice.using(from_main(json.loads(file.read_text(encoding="utf-8")) if is_main() else {})):
+        yield

@@ -38,10 +38,16 @@ class StageConfig:
     """Pairs of a forward in one process, where memory does not hold its share of the global batch: the gradient cache
     (arXiv:2101.06983) embeds everything twice, for the same gradients. None is off."""
 
+    loss_tile: int | None = None
+    """Rows of the contrastive loss's logits held at a time: the same loss and gradients, to rounding, without the
+    matrix of this process's pairs times all pairs. None holds it."""
+
     def __post_init__(self) -> None:
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), or null for no average, but got {self.ema_decay}")
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"patch_dropout must be in [0, 1), but got {self.patch_dropout}")
-        if self.grad_cache_batch_size is not None and self.grad_cache_batch_size < 1:
-            raise ValueError(f"grad_cache_batch_size must be positive, but got {self.grad_cache_batch_size}")
+        for name in ("grad_cache_batch_size", "loss_tile"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, or null to do without, but got {value}")

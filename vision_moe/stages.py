@@ -104,7 +104,7 @@ class StageRunner:
         trained = set_trainable(model, stage.trainable)
         if stage.trainable in ("all", "text", "projections"):
             for parameter in _temperature(model):
-                parameter.requires_grad_(self._trains_logit_scale(stage))
+                parameter.requires_grad_(stage.name in _START_STAGES or self.config.train_logit_scale)
         num_steps = max(1, math.ceil(stage.samples / self.config.global_batch_size))
         checkpoint = last_checkpoint(folder / "checkpoints")
         collator = CaptionCollator(self.processor, padding=text_padding(model.config))
@@ -121,6 +121,7 @@ class StageRunner:
             label_smoothing=stage.config.label_smoothing,
             groups_N=stage.labels_N if isinstance(sampler, ClusterBatchSampler) else None,
             grad_cache_batch_size=stage.config.grad_cache_batch_size,
+            loss_tile=stage.config.loss_tile,
             callbacks=self._callbacks(stage, model, checkpoint),
             # None: the Trainer's AdamW. Under DeepSpeed, which shards what Muon needs whole, it takes no other.
             optimizers=(_muon(model, stage.config) if stage.config.optimizer == "muon" else None, None),
@@ -205,9 +206,6 @@ class StageRunner:
             pin_memory=torch.cuda.is_available(),
             state=None if checkpoint is None else load_state(Path(checkpoint), rank()),
         )
-
-    def _trains_logit_scale(self, stage: Stage) -> bool:
-        return stage.name in _START_STAGES or self.config.train_logit_scale
 
     def _set_logit_scale(self, model: PreTrainedModel, stage: Stage) -> None:
         family = ENCODER_BY_TYPE.get(model.config.model_type)

@@ -28,7 +28,7 @@ from vision_moe.model.families import encoder_family
 from vision_moe.positions import stretch_text
 from vision_moe.processor import load_processor
 from vision_moe.recipe import TrainConfig
-from vision_moe.run_folder import check_folder, claim_folder
+from vision_moe.run_folder import check_folder, claim_folder, same_products
 from vision_moe.scratch import build_clip, build_processor
 from vision_moe.stage_recipe import StageConfig
 from vision_moe.stages import Stage, StageRunner
@@ -61,6 +61,12 @@ def run(config: TrainConfig) -> dict[str, Path]:
     check_trackers(config.report_to)
     check_folder(config, config.output, _FREE_FIELDS)
     claim_folder(config, config.output)
+    with same_products(config.output):
+        return _run_methods(config)
+
+
+def _run_methods(config: TrainConfig) -> dict[str, Path]:
+    """The rest of `run`, once the folder is the run's."""
     dataset = TrainingData(config)
     # Opened now, so that a mistake in the recipe does not show after hours.
     pictures = open_eval_data(config) if config.report else None

@@ -40,6 +40,7 @@ class ContrastiveTrainer(SampledTrainer):
         label_smoothing: of InfoNCE's cross-entropies.
         groups_N: int64[N], label of every sample; pairs of different label are no negatives. None: all are.
         grad_cache_batch_size: pairs of a forward, see `vision_moe.grad_cache`; None: all of this rank's in one.
+        loss_tile: rows of logits at a time, see `vision_moe.contrastive`; None: all.
 
     Raises:
         ValueError: label smoothing with the sigmoid loss.
@@ -53,6 +54,7 @@ class ContrastiveTrainer(SampledTrainer):
         label_smoothing: float = 0.0,
         groups_N: Tensor | None = None,
         grad_cache_batch_size: int | None = None,
+        loss_tile: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, batch_sampler=batch_sampler, **kwargs)
@@ -66,6 +68,7 @@ class ContrastiveTrainer(SampledTrainer):
         self.label_smoothing = label_smoothing
         self.groups_N = groups_N
         self.grad_cache_batch_size = grad_cache_batch_size
+        self.loss_tile = loss_tile
         if self.is_deepspeed_enabled:
             self.model.register_forward_hook(_with_temperature)
         self._terms: dict[str, list[Tensor]] = {}
@@ -130,8 +133,15 @@ class ContrastiveTrainer(SampledTrainer):
     def _contrastive_loss(self, image_BD: Tensor, text_BD: Tensor, *temperature: Tensor, groups_B: Any) -> Tensor:
         scale, *bias = temperature
         if self.pairwise:
-            return sigmoid_loss(image_BD, text_BD, scale.exp(), *bias, groups_B=groups_B)
-        return contrastive_loss(image_BD, text_BD, scale.exp(), groups_B=groups_B, label_smoothing=self.label_smoothing)
+            return sigmoid_loss(image_BD, text_BD, scale.exp(), *bias, groups_B=groups_B, tile=self.loss_tile)
+        return contrastive_loss(
+            image_BD,
+            text_BD,
+            scale.exp(),
+            groups_B=groups_B,
+            label_smoothing=self.label_smoothing,
+            tile=self.loss_tile,
+        )
 
     def _total(self, contrastive: Tensor, aux: Tensor | None) -> Tensor:
         """The sum of both losses, which are logged apart as well."""

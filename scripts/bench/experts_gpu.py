@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from experts import CASES, Case, Inputs, make_inputs, make_variants, runner
-from measure import Row, print_table, rows_of, write_json
+from layers import CASES, Case, Inputs, make_inputs, make_variants, runner
+from measure import Row, rows_of, table, write_json
 from torch import Tensor, nn
 
 from vision_moe.kernels import ExpertWeights, routed_mlp
@@ -67,7 +67,7 @@ def main() -> None:
                 for row in rows_of(seconds, "loop", case=case.name, dtype=str(dtype), **{"pass": kind}):
                     rows.append({**row, "tflops": flop / float(row["seconds"]) / 1e12})
     print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    print_table(rows, ("case", "dtype", "pass", "variant", "ratio", "ratio_min", "ratio_max", "seconds", "tflops"))
+    print(table(rows, ("case", "dtype", "pass", "variant", "ratio", "least", "greatest", "seconds", "tflops")))
     write_json(rows, args.output)
 
 

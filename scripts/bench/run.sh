@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# The CPU benchmarks, one after the other: tables on stdout, JSON under OUT (default runs/bench).
+# The CPU benchmark: one table on stdout and as table.md in runs/bench, with bench.json and growth.png.
 #
-#   bash scripts/bench/run.sh             about an hour on one core; run nothing beside it
+#   bash scripts/bench/run.sh             a quarter of an hour on one core; run nothing beside it
 #   bash scripts/bench/run.sh --tiny      small sizes: that everything runs, no figures
+#
+# faiss-cpu and scikit-learn are peers: uv pip install -e ".[bench]", or pip install.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-out=${OUT:-runs/bench}
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$PWD
-for name in experts encoder; do
-    .venv/bin/python "scripts/bench/$name.py" --output "$out/$name.json" "$@"
-done
+exec "${PYTHON:-.venv/bin/python}" scripts/bench "$@"

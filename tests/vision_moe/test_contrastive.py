@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from vision_moe.contrastive import contrastive_loss
+from vision_moe.testing import assert_close
 
 
 @pytest.fixture
@@ -81,6 +82,42 @@ def test_gradient_is_that_of_finite_differences():
     assert log_scale.grad.item() == pytest.approx(slope.item(), rel=1e-2)
 
 
+@pytest.mark.parametrize("tile", [1, 4, 6, 100])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("groups", [None, [4, 9, 4, 4, 9, 7]], ids=["plain", "groups"])
+def test_tiles_give_the_same_loss_and_gradients(embeds, groups, label_smoothing, tile):
+    scale = torch.tensor(100.0, requires_grad=True)
+    groups_B = None if groups is None else torch.tensor(groups)
+    results = []
+    for rows in (None, tile):
+        loss = contrastive_loss(*embeds, scale, groups_B=groups_B, label_smoothing=label_smoothing, tile=rows)
+        results.append([loss.detach(), *torch.autograd.grad(loss * 3, [*embeds, scale])])
+    for name, plain, tiled in zip(("loss", "images", "texts", "scale"), *results, strict=True):
+        assert_close(name, tiled, plain, 1e-5)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_tiles_give_each_gradient_alone(embeds, trained):
+    results = []
+    for tile in (None, 4):
+        inputs = [tensor.detach().clone() for tensor in (*embeds, torch.tensor(20.0))]
+        inputs[trained].requires_grad_()
+        contrastive_loss(*inputs, tile=tile).backward()
+        results.append(inputs[trained].grad)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_tiles_keep_no_matrix_of_logits_for_the_backward_pass():
+    image_BD, text_BD = (normalize(torch.randn(256, 4), dim=-1).requires_grad_() for _ in range(2))
+    kept = {}
+    for tile in (None, 32):
+        sizes = kept.setdefault(tile, [])
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            contrastive_loss(image_BD, text_BD, torch.tensor(20.0), tile=tile)
+    assert max(kept[None]) == 256 * 256
+    assert max(kept[32]) == 256 * 4
+
+
 def test_logits_are_float32_under_autocast(embeds):
     image_BD, text_BD = embeds
     expected = contrastive_loss(image_BD, text_BD, torch.tensor(100.0))
@@ -97,6 +134,7 @@ def test_logits_are_float32_under_autocast(embeds):
         (((0, 3), (0, 3)), {}, "B > 0"),
         (((4, 3), (4, 3)), {"groups_B": torch.zeros(3)}, r"groups_B must have shape \[4\]"),
         (((4, 3), (4, 3)), {"label_smoothing": 1.0}, "label_smoothing"),
+        (((4, 3), (4, 3)), {"tile": 0}, "tile must be positive"),
     ],
 )
 def test_misfits_are_refused(shapes, kwargs, message):

@@ -64,3 +64,19 @@ def test_text_is_everything_but_the_image_tower(make_dense_clip):
     frozen = sum(parameter.numel() for parameter in model.vision_model.parameters())
     assert counts == {"trainable": sum(p.numel() for p in model.parameters()) - frozen, "frozen": frozen}
     assert model.logit_scale.requires_grad
+
+
+@pytest.mark.parametrize("part", ["router", "ffn"])
+def test_blocks_below_the_first_that_trains_have_no_graph(make_dense_clip, clip_batch, part):
+    """Neither do they keep anything for a backward pass, nor does one reach them."""
+    moe = upcycle(make_dense_clip(0), layers=1).train()
+    set_trainable(moe, part)
+    if part == "ffn":
+        for tower in (moe.vision_model, moe.text_model):
+            tower.encoder.layers[0].requires_grad_(False)
+    has_graph = []
+    for tower in (moe.vision_model, moe.text_model):
+        for block in tower.encoder.layers:
+            block.register_forward_hook(lambda module, inputs, output: has_graph.append(output[0].requires_grad))
+    moe(**clip_batch)
+    assert sorted(has_graph) == [False, False, True, True]

@@ -44,6 +44,18 @@ def test_groups_are_separate_losses_weighted_by_size(embeds):
     torch.testing.assert_close(torch.autograd.grad(whole, embeds), torch.autograd.grad(parts[0] + parts[1], embeds))
 
 
+@pytest.mark.parametrize("groups", [None, [4, 9, 4, 4, 9, 7]], ids=["plain", "groups"])
+def test_tiles_give_the_same_loss_and_gradients(embeds, groups):
+    inputs = [*embeds, torch.tensor(20.0, requires_grad=True), torch.tensor(-5.0, requires_grad=True)]
+    groups_B = None if groups is None else torch.tensor(groups)
+    results = []
+    for tile in (None, 1, 4, 100):
+        loss = sigmoid_loss(*inputs, groups_B=groups_B, tile=tile)
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    for tiled in results[1:]:
+        torch.testing.assert_close(tiled, results[0], rtol=1e-5, atol=1e-6)
+
+
 def test_logits_are_float32_under_autocast(embeds):
     scale, bias = torch.tensor(100.0), torch.tensor(-10.0)
     expected = sigmoid_loss(*embeds, scale, bias)

@@ -102,9 +102,10 @@ def results(inputs, shards, model_folder, tmp_path_factory):
     return [load_file(out / f"rank{rank}.safetensors") for rank in range(2)]
 
 
+@pytest.mark.parametrize("tile", [None, 3])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("grouping", ["plain", "groups"])
-def test_loss_and_every_gradient_equal_those_of_one_process(inputs, results, grouping, label_smoothing):
+def test_loss_and_every_gradient_equal_those_of_one_process(inputs, results, grouping, label_smoothing, tile):
     names = ("image_tower", "text_tower", "logit_scale")
     image_tower, text_tower, logit_scale = parameters = [inputs[name].clone().requires_grad_() for name in names]
     loss = contrastive_loss(
@@ -116,7 +117,7 @@ def test_loss_and_every_gradient_equal_those_of_one_process(inputs, results, gro
     )
     loss.backward()
     for found in results:
-        prefix = f"{grouping}-{label_smoothing}"
+        prefix = f"{grouping}-{label_smoothing}-{tile}"
         torch.testing.assert_close(found[f"{prefix}-loss"], loss.detach(), rtol=1e-5, atol=1e-6)
         for name, parameter in zip(names, parameters, strict=True):
             torch.testing.assert_close(found[f"{prefix}-{name}"], parameter.grad, rtol=1e-4, atol=1e-6)

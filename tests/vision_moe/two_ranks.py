@@ -1,6 +1,7 @@
 """Run by test_two_ranks.py twice, with RANK and WORLD_SIZE set: `python two_ranks.py DATA OUT MODEL`."""
 
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,19 @@ class TwoTowers(nn.Module):
 
 
 def losses_and_gradients(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Loss and every parameter gradient under DDP, for InfoNCE in each of four settings and the sigmoid loss in two."""
+    """Loss and every parameter gradient under DDP: InfoNCE in eight settings, the sigmoid loss in two."""
     own = slice(rank() * 4, rank() * 4 + 4)
     found = {}
-    for name, groups_B in (("plain", None), ("groups", inputs["groups"][own])):
-        for label_smoothing in (0.0, 0.1):
-            model = DistributedDataParallel(TwoTowers({key: value.clone() for key, value in inputs.items()}))
-            embeds = model(inputs["images"][own], inputs["texts"][own])
-            loss = contrastive_loss(*embeds, groups_B=groups_B, label_smoothing=label_smoothing)
-            loss.backward()
-            found[f"{name}-{label_smoothing}-loss"] = loss.detach()
-            for key, parameter in model.module.named_parameters():
-                found[f"{name}-{label_smoothing}-{key}"] = parameter.grad
+    groupings = (("plain", None), ("groups", inputs["groups"][own]))
+    for (name, groups_B), label_smoothing, tile in product(groupings, (0.0, 0.1), (None, 3)):
+        model = DistributedDataParallel(TwoTowers({key: value.clone() for key, value in inputs.items()}))
+        embeds = model(inputs["images"][own], inputs["texts"][own])
+        loss = contrastive_loss(*embeds, groups_B=groups_B, label_smoothing=label_smoothing, tile=tile)
+        loss.backward()
+        prefix = f"{name}-{label_smoothing}-{tile}"
+        found[f"{prefix}-loss"] = loss.detach()
+        for key, parameter in model.module.named_parameters():
+            found[f"{prefix}-{key}"] = parameter.grad
     for name, groups_B in (("plain", None), ("groups", inputs["groups"][own])):
         model = DistributedDataParallel(TwoTowers({key: value.clone() for key, value in inputs.items()}))
         loss = sigmoid_loss(*model(inputs["images"][own], inputs["texts"][own]), BIAS, groups_B=groups_B)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, library, nn
 
 from vision_moe.kernels import gemm
+from vision_moe.kernels.gemm_choice import Product
 
 
 @library.custom_op("vision_moe::linear", mutates_args=())
@@ -72,7 +73,7 @@ def linear(x_XI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
     fits = x_XI.device.type == "cpu" and x_XI.dtype == w_OI.dtype == torch.float32
     if not fits or torch.is_autocast_enabled("cpu") or x_XI.numel() * len(w_OI) < gemm.MIN_WORK:
         return nn.functional.linear(x_XI, w_OI, b_O)
-    if not torch.compiler.is_compiling() and not gemm.onednn_wins(torch.float32, gemm.Product.FORWARD):
+    if not torch.compiler.is_compiling() and not gemm.onednn_wins(torch.float32, Product.FORWARD):
         return nn.functional.linear(x_XI, w_OI, b_O)
     return _linear(x_XI.reshape(-1, x_XI.shape[-1]), w_OI, b_O).unflatten(0, x_XI.shape[:-1])
 
@@ -90,3 +91,11 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's name
         """Maps float[..., I] to float[..., O]."""
         return linear(input, self.weight, self.bias)
+
+
+def replace_linears(block: nn.Module) -> None:
+    """Puts `Linear` in the place of every nn.Linear in a block, with the same parameters; subclasses stay."""
+    for module in list(block.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, Linear.replacing(child))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from vision_moe.kernels.linear import Linear
+from vision_moe.kernels.linear import replace_linears
 from vision_moe.model.configuration import CLIPMoETextConfig, CLIPMoEVisionConfig
 from vision_moe.model.configuration_limoe import LIMoEConfig
 from vision_moe.moe.layer import MoEMLP
@@ -27,10 +27,7 @@ class CLIPMoEEncoderLayer(CLIPEncoderLayer):
         super().__init__(config)
         if layer in config.moe_block_indices:
             self.mlp = MoEMLP(config)
-        for block in (self.self_attn, self.mlp):
-            for name, child in block.named_children():
-                if type(child) is nn.Linear:
-                    setattr(block, name, Linear.replacing(child))
+        replace_linears(self)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, mask_BS: Tensor | None, **kwargs: Any

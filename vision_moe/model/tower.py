@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vision_moe.kernels.linear import replace_linears
 from vision_moe.model.encoder import EncoderOutput
 from vision_moe.model.families import tower_family
 from vision_moe.model.outputs import CLIPMoETowerOutput
@@ -138,6 +139,7 @@ class MoETower(FamilyPreTrainedModel):
                 block.set_submodule(family.mlp, RoutedMLP(config))
                 if not family.fc2.startswith(f"{family.mlp}."):
                     block.set_submodule(family.fc2, nn.Identity())
+            replace_linears(block)
             blocks[index] = block
 
     def forward(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vision_moe.kernels import ExpertWeights, gemm, grouped_mlp, reference, routed_mlp
+from vision_moe.kernels import ExpertWeights, gemm, gemm_choice, grouped_mlp, op, reference, routed_mlp
 from vision_moe.testing import assert_close
 
 SHAPES = [(64, 4, 2, 32, 48), (63, 7, 3, 16, 64), (1, 4, 2, 16, 16), (16, 4, 4, 16, 32), (9, 1, 1, 16, 16)]
@@ -14,11 +14,11 @@ NAMES = ("output", "x", "gates", "w1", "b1", "w2", "b2")
 @pytest.fixture(params=["torch", "onednn"])
 def provider(request, monkeypatch):
     """Both roads of the matrix products, whatever the measurement would pick, and at any size."""
-    if request.param == "onednn" and not gemm.onednn_works(torch.float32):
+    if request.param == "onednn" and not gemm_choice.onednn_works(torch.float32):
         pytest.skip("this torch has no oneDNN linear for float32")
     monkeypatch.setattr(gemm, "MIN_WORK", 0)
     monkeypatch.setattr(
-        gemm, "onednn_wins", lambda dtype, product: request.param == "onednn" and gemm.onednn_works(dtype)
+        gemm, "onednn_wins", lambda dtype, product: request.param == "onednn" and gemm_choice.onednn_works(dtype)
     )
     return request.param
 
@@ -222,6 +222,14 @@ def test_reference_runs_where_no_kernel_knows_the_activation(make_layer):
     assert torch.equal(routed_mlp(*arguments), reference.routed_mlp(*arguments))
     with pytest.raises(ValueError, match=r"backend 'cpu' cannot run this: it knows the activations.*possible are: ref"):
         routed_mlp(*arguments, "cpu")
+
+
+def test_the_pick_is_logged_once(make_layer, run_layer, caplog):
+    op._log_pick.cache_clear()
+    with caplog.at_level("INFO", logger="vision_moe.kernels.op"):
+        for _ in range(2):
+            run_layer(make_layer(5, 3, 2, 8, 12), "auto")
+    assert caplog.messages == ["experts on cpu in torch.float32: backend cpu"]
 
 
 @pytest.mark.parametrize(

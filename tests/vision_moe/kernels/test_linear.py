@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vision_moe.kernels import gemm
+from vision_moe.kernels import gemm, gemm_choice
 from vision_moe.kernels.linear import Linear
 from vision_moe.model import CLIPMoEConfig, CLIPMoEModel
 from vision_moe.testing import assert_close
@@ -14,7 +14,7 @@ from vision_moe.testing import assert_close
 def layers(request, monkeypatch):
     """nn.Linear and ours with its parameters; every product is large enough, and oneDNN's where there is one."""
     monkeypatch.setattr(gemm, "MIN_WORK", 0)
-    monkeypatch.setattr(gemm, "onednn_wins", lambda dtype, product: gemm.onednn_works(dtype))
+    monkeypatch.setattr(gemm, "onednn_wins", lambda dtype, product: gemm_choice.onednn_works(dtype))
     torch.manual_seed(0)
     plain = nn.Linear(12, 20, bias=request.param)
     return plain, Linear.replacing(plain)

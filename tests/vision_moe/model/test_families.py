@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import MODEL_MAPPING, AutoModel, BertConfig, Dinov2Config
 
 from vision_moe.freeze import set_trainable
+from vision_moe.kernels.linear import Linear
 from vision_moe.model import (
     BertMoEConfig,
     BertMoEModel,
@@ -49,6 +51,13 @@ def route_all_to(moe, expert):
 def assert_same_features(actual, expected):
     for name in ("image_embeds", "text_embeds", "logits_per_image"):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_dense_layers_of_the_blocks_take_the_measured_products(make_family, family):
+    moe = upcycle(make_family(family))
+    for tower in (moe.vision_model, moe.text_model):
+        blocks = tower.get_submodule(tower_family(tower.config).blocks)
+        assert {type(module) for module in blocks.modules() if isinstance(module, nn.Linear)} == {Linear}
 
 
 def test_a_model_built_from_nothing_starts_as_its_dense_family_does(make_family, family):

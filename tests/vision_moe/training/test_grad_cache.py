@@ -124,24 +124,31 @@ def test_loss_free_balancing_counts_each_token_once(make_family, family_batch):
 def make_trainer(make_family, tmp_path):
     """Makes the trainer of a tiny CLIP whose first two pairs are of one cluster."""
 
-    def make(size):
+    def make(**options):
         config = parse(TrainConfig, ["--output", str(tmp_path), "--data.train", "x", "--bf16", "false"])
         return ContrastiveTrainer(
             model=make_family("clip").train(),
             args=training_arguments(config, config.dense, tmp_path, 1),
             label_smoothing=0.1,
             groups_N=torch.tensor([7, 0, 0, 1]),
-            grad_cache_batch_size=size,
+            **options,
         )
 
     return make
 
 
-def test_the_trainers_step_is_the_plain_one_with_groups_and_smoothing(make_trainer, family_batch):
+@pytest.mark.parametrize("tile", [None, 2])
+def test_the_trainers_step_is_the_plain_one_with_groups_and_smoothing(make_trainer, family_batch, tile):
     batch = {**family_batch("clip"), "index": torch.tensor([1, 2, 3])}
-    plain, chunked = make_trainer(None), make_trainer(2)
+    plain, chunked = make_trainer(), make_trainer(grad_cache_batch_size=2, loss_tile=tile)
     loss = plain.compute_loss(plain.model, dict(batch))
     loss.backward()
     got_loss = chunked.training_step(chunked.model, dict(batch))
     torch.testing.assert_close(got_loss, loss.detach())
     assert_equal_gradients(gradients(chunked.model), gradients(plain.model))
+
+
+def test_the_trainer_hands_its_tile_to_the_loss(make_trainer, family_batch):
+    trainer = make_trainer(loss_tile=-1)
+    with pytest.raises(ValueError, match="tile must be positive"):
+        trainer.compute_loss(trainer.model, {**family_batch("clip"), "index": torch.tensor([1, 2, 3])})
