@@ -50,7 +50,11 @@ _USUAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class MirrorConfig:
-    """What is mirrored, and from where."""
+    """What is mirrored, and from where.
+
+    Example:
+        .venv/bin/python -m eval.mirror --data MME --tasks '[mme]' --output outputs/mirrors
+    """
 
     output: Path
     """Folder for the YAML files, and the data that a form's files become."""

@@ -38,7 +38,11 @@ _LOSS, _BLANK, _MATCHING = "caption loss", "caption loss, blank photo", "matchin
 
 @dataclass(frozen=True, kw_only=True)
 class TowerExperimentConfig:
-    """Towers, photos and seeds."""
+    """Towers, photos and seeds.
+
+    Example:
+        .venv/bin/python -m eval.tower_experiment eval/experiments/towers/flickr8k.yaml --data flickr8k --output o
+    """
 
     recipe: Path
     """Recipe of mllm.train that all runs share: it pretrains on captions and fine-tunes on captions and questions."""

@@ -30,7 +30,11 @@ _NEW_TOKENS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class YesNoConfig:
-    """Asks a LLaVA yes/no questions about pictures."""
+    """Asks a LLaVA yes/no questions about pictures.
+
+    Example:
+        .venv/bin/python -m eval.yes_no --model outputs/llava/model --data llava_matching.json --image_folder images
+    """
 
     model: str
     """Folder of the LLaVA, or of an adapter."""

@@ -17,7 +17,8 @@ from datasets import Features, Image, List, Value
 from PIL import Image as Pictures
 
 from eval.mirror import MirrorConfig, mirror
-from eval.run import main, task_manager
+from eval.run import main
+from mllm.lmms_tasks import task_manager
 
 COLORS = [(60 * index, 0, 255 - 60 * index) for index in range(4)]
 TASKS = yaml.safe_load(Path(__file__).with_name("paper_tasks.yaml").read_text())
@@ -169,7 +170,7 @@ def test_a_judge_that_is_not_there_is_an_error_before_the_model_is_asked(
 def test_a_mirror_of_the_same_name_stands_in_for_lmms_evals_own_task():
     write_stand_in(Path("hub"), TASKS["pope"])
     mirror(MirrorConfig(data=Path("hub"), tasks=["pope"], output=Path("same"), suffix=""))
-    manager = task_manager(["pope", "mme"], Path("same"))
+    manager = task_manager(["pope", "mme"], [Path("same")])
     assert manager.load_task_or_group("pope")["pope"].config.dataset_path == "parquet"
 
 
