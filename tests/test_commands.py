@@ -16,13 +16,17 @@ from vision_moe.recipe import TrainConfig
 
 COMMANDS = (
     "demo.app",
+    "eval.caption_subset",
     "eval.compare",
     "eval.experiment",
     "eval.factors",
     "eval.imagenet_o",
+    "eval.mirror",
     "eval.report",
     "eval.retrieval",
     "eval.run",
+    "eval.tower_experiment",
+    "eval.yes_no",
     "eval.zero_shot",
     "mllm.caption_loss",
     "mllm.captions_to_conversations",
