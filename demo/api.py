@@ -28,8 +28,8 @@ class Api:
     def chat(
         self,
         question: str,
-        pictures: list[dict] = [],  # noqa: B006  # Gradio reads the default; nothing changes it
-        history: list[dict] = [],  # noqa: B006
+        pictures: list[dict[str, Any]] = [],  # noqa: B006  # Gradio reads the default; nothing changes it
+        history: list[dict[str, Any]] = [],  # noqa: B006
         temperature: float = 0.0,
         top_p: float = 1.0,
         max_new_tokens: int = 256,
@@ -47,7 +47,7 @@ class Api:
     def compare(
         self,
         question: str,
-        pictures: list[dict] = [],  # noqa: B006
+        pictures: list[dict[str, Any]] = [],  # noqa: B006
         temperature: float = 0.0,
         top_p: float = 1.0,
         max_new_tokens: int = 256,
@@ -61,7 +61,7 @@ class Api:
         except (ValueError, KeyError, TypeError, TimeoutError) as error:
             raise _refusal(error) from error
 
-    def routing(self, picture: dict) -> dict:
+    def routing(self, picture: dict[str, Any]) -> dict[str, Any]:
         """Which expert took which patch of a picture: {"blocks", "num_experts", "experts", "gates"}; experts and gates
         are lists [block][row][column] of first choices and of their gates. Empty lists for a dense tower."""
         try:
@@ -70,7 +70,7 @@ class Api:
             raise _refusal(error) from error
         return _plain(routing, self.service.blocks)
 
-    def text_routing(self, sentence: str) -> dict:
+    def text_routing(self, sentence: str) -> dict[str, Any]:
         """Which expert of the dual encoder's text tower took which token: {"tokens", "blocks", "num_experts",
         "experts", "gates"}; experts and gates are lists [block][token]."""
         try:
@@ -83,7 +83,7 @@ class Api:
         rows = {name: [block[0] for block in plain[name]] for name in ("experts", "gates")}
         return {"tokens": [] if routing is None else list(routing.words), **plain, **rows}
 
-    def search(self, sentence: str, number: int = 8) -> dict:
+    def search(self, sentence: str, number: int = 8) -> dict[str, Any]:
         """The nearest pictures of the folder by each encoder, nearest first: {encoder: [{"picture", "cosine"}]}."""
         try:
             search = self.service.search

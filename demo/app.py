@@ -1,7 +1,7 @@
 """The demo: chat with a LLaVA about a picture, and see which expert of its tower took which patch.
 
     python -m demo.app                                   with the model of the quick start
-    python -m demo.app --model DIR [--compare DIR2] [--encoder DIR] [--dense DIR] [--pictures FOLDER]
+    python -m demo.app --model DIR [--compare DIR2] [--encoder DIR] [--dense DIR] [--pictures FOLDER] [--run FOLDER]
 
 `mllm.generate` makes the prompt, so that the demo asks with the template and the pixels the model was trained with.
 """
@@ -17,7 +17,7 @@ import gradio as gr
 from demo.encoders import Encoder, Search
 from demo.page import build, launch
 from demo.pictures import PictureFolder
-from demo.quickstart import QuickStart, check_llava, find
+from demo.quickstart import QuickStart, check_llava, find, parts
 from demo.service import Service
 from demo.uploads import Uploads
 from mllm.generate import Chat, load
@@ -32,7 +32,9 @@ class DemoConfig:
     """Chat with a LLaVA and see which expert of its vision tower took which patch."""
 
     model: str | None = None
-    """Folder of a model that mllm.train wrote; None finds the quick start's, with its encoders and pictures."""
+    """Folder of a model that mllm.train wrote; None takes the quick start's."""
+    run: Path | None = None
+    """Folder of a quick start: the model, encoders and pictures that are not named come from there."""
     compare: str | None = None
     """Folder of a second one, asked side by side."""
     encoder: str | None = None
@@ -70,7 +72,7 @@ def make_service(config: DemoConfig, uploads: Uploads) -> Service:
         FileNotFoundError: a model or the pictures are missing; the message says what to do.
         ValueError: a folder holds another kind of model.
     """
-    found = find() if config.model is None else QuickStart()
+    found = _found(config)
     encoder, dense = config.encoder or found.encoder, config.dense or found.dense
     folder = config.pictures or found.pictures
     pictures = None if folder is None else PictureFolder(folder, config.num_pictures)
@@ -88,6 +90,12 @@ def make_service(config: DemoConfig, uploads: Uploads) -> Service:
         pictures=pictures,
         seconds=config.answer_seconds,
     )
+
+
+def _found(config: DemoConfig) -> QuickStart:
+    if config.model is None:
+        return find(config.run)
+    return QuickStart() if config.run is None else parts(config.run)
 
 
 def _load(folder: str, config: DemoConfig) -> Chat:

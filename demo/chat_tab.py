@@ -42,9 +42,9 @@ class ChatTab:
             show_label=False,
             buttons=["copy", "copy_all"],
             editable="user",
+            # Gradio 6.31 cannot edit a text that shares its bubble with a picture.
+            group_consecutive_messages=False,
             feedback_options=None,
-            # Its button would stand beside one that shares with a web site.
-            allow_file_downloads=False,
             elem_id="window",
         )
         self.box = gr.MultimodalTextbox(

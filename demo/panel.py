@@ -12,8 +12,8 @@ from PIL import Image
 
 from demo.routing_view import Routing, palette, shares
 
-# Of a patch whose gate is 1; the picture still shows through.
-OPACITY = 0.85
+# Of a patch whose gate says no more than chance, and of one whose gate is 1; the picture still shows through.
+_FAINTEST, _STRONGEST = 0.35, 0.85
 _MAX_EXPERTS = 64
 _STYLE = Path(__file__).with_name("style.css")
 
@@ -35,6 +35,16 @@ def css() -> str:
             "{opacity: 0.25}"
         )
     return "\n".join(rules)
+
+
+def opacity(gate: float, num_experts: int) -> float:
+    """How strongly a color is laid on: from a gate of one in so many experts, which is chance, to a gate of 1.
+
+    By the square root: the first steps away from chance are the ones to be seen in a young router.
+    """
+    chance = 1 / num_experts
+    sureness = 1.0 if num_experts == 1 else min(1.0, max(0.0, (float(gate) - chance) / (1 - chance)))
+    return float(_FAINTEST + (_STRONGEST - _FAINTEST) * sureness**0.5)
 
 
 def note(text: str) -> str:
@@ -117,7 +127,7 @@ def _patches(routing: Routing, layer: int, colors: list[str]) -> str:
     height, width = experts_HW.shape
     rectangles = "".join(
         f'<rect class="patch e{expert}" x="{column}" y="{row}" width="1" height="1" fill="{colors[expert]}" '
-        f'fill-opacity="{OPACITY * gates_HW[row, column]:.3f}"><title>Expert {expert}, gate '
+        f'fill-opacity="{opacity(gates_HW[row, column], routing.num_experts):.3f}"><title>Expert {expert}, gate '
         f"{gates_HW[row, column]:.2f}\nrow {row + 1}, column {column + 1}</title></rect>"
         for (row, column), expert in np.ndenumerate(experts_HW)
     )
@@ -130,10 +140,11 @@ def _patches(routing: Routing, layer: int, colors: list[str]) -> str:
 
 def _tokens(routing: Routing, layer: int, colors: list[str]) -> str:
     experts, gates = routing.expert_maps[layer][0], routing.gate_maps[layer][0]
+    strengths = [f"{100 * opacity(gate, routing.num_experts):.0f}%" for gate in gates]
     chips = "".join(
-        f'<span class="token e{expert}" style="--expert:{colors[expert]};--gate:{100 * gate:.0f}%" '
+        f'<span class="token e{expert}" style="--expert:{colors[expert]};--strength:{strength}" '
         f'title="Expert {expert}, gate {gate:.2f}">{html.escape(word) or "␣"}<i>{expert}</i></span>'
-        for word, expert, gate in zip(routing.words, experts, gates, strict=True)
+        for word, expert, gate, strength in zip(routing.words, experts, gates, strengths, strict=True)
     )
     return f'<div class="tokens">{chips}</div>'
 

@@ -21,21 +21,26 @@ class QuickStart(NamedTuple):
     pictures: Path | None = None
 
 
-def find(outputs: Path = OUTPUTS) -> QuickStart:
-    """The parts of the first run, the whole one before the smoke one.
+def find(run: Path | None = None, *, outputs: Path = OUTPUTS) -> QuickStart:
+    """The parts of a run.
+
+    Args:
+        run: its folder; None = in `outputs`, the whole run before the smoke one.
+        outputs: where the quick start puts its runs.
 
     Raises:
         FileNotFoundError: there is no run with a LLaVA in it; the message says what to run.
     """
-    for run in (outputs / name for name in _RUNS):
-        found = _parts(run)
+    runs = [outputs / name for name in _RUNS] if run is None else [run]
+    for folder in runs:
+        found = parts(folder)
         if found.model is not None:
             return found
-    unfinished = next((outputs / name for name in _RUNS if (outputs / name).is_dir()), None)
+    unfinished = next((folder for folder in runs if folder.is_dir()), None)
     state = (
         f"the quick start in {unfinished} has not come to its LLaVA yet (the same command goes on where it stopped)"
         if unfinished
-        else f"no --model was given, and there is no quick start in {outputs}"
+        else f"no --model was given, and there is no quick start in {runs[0]}"
     )
     raise FileNotFoundError(
         f"{state}.\n"
@@ -66,7 +71,9 @@ def check_llava(folder: str) -> None:
         )
 
 
-def _parts(run: Path) -> QuickStart:
+def parts(run: Path) -> QuickStart:
+    """What a run's folder holds so far."""
+
     def there(path: Path, file: str) -> Path | None:
         return path if (path / file).exists() else None
 

@@ -1,10 +1,11 @@
-"""A real tiny LLaVA behind a real server, with a dense one to compare, the small CLIP, and a folder of pictures."""
+"""A real tiny LLaVA behind a real server, with a dense one to compare, the small CLIP, and a user's browser."""
 
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -40,6 +41,21 @@ _WORDS = (
     "it",
     *"abcdefghijklmnopqrstuvwxyz",
 )
+
+
+# The background-networking flags keep Chromium itself from looking for hosts outside.
+_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+)
+_SECONDS = 30_000
 
 
 class Served(NamedTuple):
@@ -154,3 +170,59 @@ def served(
 def generating() -> Callable[[], bool]:
     """Whether a model is generating in this process right now."""
     return lambda: any(type(thread).__name__ == "Generation" for thread in threading.enumerate())
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[Any]:
+    """One browser for all tests: its cache saves loading the page's scripts again."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install playwright)")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=list(_FLAGS))
+        yield browser.new_context(viewport={"width": 1360, "height": 860})
+        browser.close()
+
+
+class Page:
+    """One user's page, by what a user does."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page = page
+        self.requests: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.set_default_timeout(_SECONDS)
+        page.goto(url)
+        page.wait_for_selector("#box textarea")
+
+    def ask(self, text: str, *pictures: Path) -> None:
+        if pictures:
+            self.page.set_input_files("#box input[type=file]", [str(path) for path in pictures])
+            self.page.wait_for_selector("#box img")
+        self.page.fill("#box textarea", text)
+        self.page.press("#box textarea", "Enter")
+
+    @property
+    def answers(self) -> list[str]:
+        return [" ".join(text.split()) for text in self.page.locator("#window .bot.message").all_inner_texts()]
+
+    def wait_until_idle(self) -> None:
+        self.page.wait_for_selector("#box button.submit-button")
+
+    def answer_length(self, tokens: int) -> None:
+        field = self.page.get_by_label("number input for Answer length, tokens at most").locator("visible=true")
+        if not field.count():
+            self.page.get_by_role("button", name="Answer settings").locator("visible=true").click()
+        field.fill(str(tokens))
+        field.press("Enter")
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name).click()
+
+
+@pytest.fixture
+def page(context: Any, served: Any) -> Iterator[Page]:
+    page = Page(context.new_page(), served.url)
+    yield page
+    page.page.close()

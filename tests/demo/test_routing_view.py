@@ -1,10 +1,14 @@
 """First choices, gates and colors, worked by hand."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from demo.routing_view import first_choice, palette, route, seen_picture, shares
+from demo.panel import opacity, view
+from demo.routing_view import Routing, first_choice, palette, route, seen_picture, shares
 from vision_moe.moe.router import Router
 
 
@@ -65,3 +69,36 @@ def test_first_choice_and_gate_are_the_routers_own() -> None:
     router.choice_bias.copy_(torch.tensor([1.0, 0.0]))
     experts_HW, gates_HW = first_choice(logits_SE, (1, 1), router)
     assert (experts_HW.item(), gates_HW.item()) == (0, pytest.approx(0.5))
+
+
+def test_color_is_faintest_at_chance_and_strongest_at_certainty() -> None:
+    assert opacity(0.25, 4) == opacity(0.1, 4) == pytest.approx(0.35)
+    assert opacity(0.4375, 4) == pytest.approx(0.6)
+    assert opacity(1.0, 4) == opacity(1.0, 1) == pytest.approx(0.85)
+
+
+def test_view_paints_each_patch_and_counts_each_expert() -> None:
+    routing = Routing(
+        (np.array([[0, 1], [1, 3]]),), (np.array([[1.0, 0.25], [0.25, 1.0]]),), 4, Image.new("RGB", (8, 8))
+    )
+    page = view(routing, 0, [6])
+    patches = re.findall(r'class="patch e(\d)" x="(\d)" y="(\d)" .*? fill-opacity="([\d.]+)"', page)
+    assert patches == [
+        ("0", "0", "0", "0.850"),
+        ("1", "1", "0", "0.350"),
+        ("1", "0", "1", "0.350"),
+        ("3", "1", "1", "0.850"),
+    ]
+    assert re.findall(r"(\d+) %, (gate [\d.]+|unused)", page) == [
+        ("25", "gate 1.00"),
+        ("50", "gate 0.25"),
+        ("0", "unused"),
+        ("25", "gate 1.00"),
+    ]
+    assert "Layer 1, block 6 of the tower" in page
+
+
+def test_words_are_text_and_not_markup() -> None:
+    routing = Routing((np.array([[0]]),), (np.array([[1.0]]),), 1, words=("<b>",))
+    assert "&lt;b&gt;" in view(routing, 0, [0])
+    assert "<b>" not in view(routing, 0, [0])
