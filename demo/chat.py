@@ -65,7 +65,10 @@ def read_history(history: Sequence[dict[str, Any]]) -> list[Turn]:
     turns: list[Turn] = []
     for message in history:
         text, pictures = content(message["content"])
-        if message["role"] == "user":
+        if message["role"] == "user" and turns and turns[-1].text == turns[-1].answer == "":
+            # Pictures sent with this text stand in a message of their own.
+            turns[-1] = Turn(text, turns[-1].pictures + pictures)
+        elif message["role"] == "user":
             turns.append(Turn(text, pictures))
         elif turns and not is_error(message):
             turns[-1] = turns[-1]._replace(answer=(turns[-1].answer + text).strip())

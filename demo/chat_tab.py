@@ -42,7 +42,7 @@ class ChatTab:
             show_label=False,
             buttons=["copy", "copy_all"],
             editable="user",
-            # Gradio 6.31 cannot edit a text that shares its bubble with a picture.
+            # Gradio 6.31 cannot edit a text in one bubble with a picture.
             group_consecutive_messages=False,
             feedback_options=None,
             elem_id="window",
@@ -144,7 +144,7 @@ class ChatTab:
         """Puts a checked message into the conversation and empties the textbox."""
         cleaned = edits.clean(history, self.service.uploads)
         turn = read_message(message, self.service.uploads)
-        return [*cleaned, edits.user_message(turn.text, turn.pictures)], {"text": "", "files": []}
+        return [*cleaned, *edits.user_messages(turn.text, turn.pictures)], {"text": "", "files": []}
 
     def reply(
         self, history: list[edits.Message], temperature: float, top_p: float, max_new_tokens: int
@@ -176,7 +176,7 @@ class ChatTab:
 
     def example(self, chosen: gr.SelectData) -> list[edits.Message]:
         """A conversation that begins with an example."""
-        return [edits.user_message(chosen.value["text"], [file["path"] for file in chosen.value["files"]])]
+        return edits.user_messages(chosen.value["text"], [file["path"] for file in chosen.value["files"]])
 
     def taken(self, picture: str | None, message: dict[str, Any]) -> tuple[Any, Any]:
         """Moves a picture from the camera into the textbox."""

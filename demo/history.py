@@ -14,9 +14,13 @@ _KEPT = 30
 _TITLE = 48
 
 
-def user_message(text: str, files: Sequence[Any]) -> Message:
-    """A message of the user with pictures, as the chat window shows it."""
-    return {"role": "user", "content": [*({"path": str(file)} for file in files), *([text] if text else [])]}
+def user_messages(text: str, files: Sequence[Any]) -> list[Message]:
+    """What a user sends, as the chat window shows it: the pictures, then the text.
+
+    Apart, since Gradio 6.31 loses a picture when the text beside it is edited.
+    """
+    shown: list[Message] = [{"role": "user", "content": [{"path": str(file)} for file in files]}] if files else []
+    return [*shown, {"role": "user", "content": text}] if text else shown
 
 
 def error_message(text: str) -> Message:
@@ -30,7 +34,7 @@ def clean(history: Sequence[Message], uploads: Uploads) -> list[Message]:
     for message in history:
         text, pictures = content(message["content"])
         if message["role"] == "user":
-            messages.append(user_message(text, [path for path in pictures if uploads.holds(path)]))
+            messages += user_messages(text, [path for path in pictures if uploads.holds(path)])
         else:
             messages.append(error_message(text) if is_error(message) else {"role": "assistant", "content": text})
     return [message for message in messages if message["content"]]
@@ -45,16 +49,15 @@ def until_last_question(history: Sequence[Message]) -> list[Message]:
 def undo(history: Sequence[Message]) -> tuple[list[Message], Message]:
     """The conversation before the user's last message, and that message as the textbox takes it."""
     asked = until_last_question(history)
-    if not asked:
-        return [], {"text": "", "files": []}
-    text, pictures = content(asked[-1]["content"])
-    return asked[:-1], {"text": text, "files": [str(path) for path in pictures]}
+    text, pictures = content(asked.pop()["content"]) if asked else ("", ())
+    while asked and asked[-1]["role"] == "user" and not content(asked[-1]["content"])[0]:
+        pictures = (*content(asked.pop()["content"])[1], *pictures)
+    return asked, {"text": text, "files": [str(path) for path in pictures]}
 
 
 def edit(history: Sequence[Message], index: int, text: str) -> list[Message]:
-    """The conversation up to a message of the user, whose text is replaced and whose pictures stay."""
-    _, pictures = content(history[index]["content"])
-    return [*history[:index], user_message(text.strip(), pictures)]
+    """The conversation up to a text of the user, which is replaced; the pictures before it stay."""
+    return [*history[:index], *user_messages(text.strip(), [])]
 
 
 def title(history: Sequence[Message]) -> str:

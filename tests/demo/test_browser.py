@@ -15,8 +15,8 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture
 def slow_model(served: Any) -> Iterator[None]:
-    """At most fifty tokens a second: an answer of 600 takes longer than finding the stop button."""
-    hook = served.service.chat.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    """At most ten tokens a second: an answer of 600 takes longer than finding the stop button."""
+    hook = served.service.chat.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
     yield
     hook.remove()
 
@@ -75,7 +75,8 @@ def test_answer_streams_beside_the_experts_and_can_be_tried_again_edited_and_und
     page.page.locator("#window").get_by_role("button", name="Submit").click()
     page.page.wait_for_selector("#box button.stop-button")
     page.wait_until_idle()
-    # The picture stayed with the edited message.
+    # The picture stays before the edited text.
+    assert page.page.locator("#window img").count() == 1
     assert page.answers == [expected(served, "is it a", "a.png", tokens=40)]
 
     page.page.get_by_role("button", name="Undo").click()
@@ -111,7 +112,7 @@ def test_stop_ends_the_generation_and_leaves_what_was_said(
     page.ask("what is it", served.pictures / "a.png")
     page.page.wait_for_selector("#window .bot.message")
     assert generating()
-    page.page.click("#box button.stop-button")
+    page.page.click("#box button.stop-button", force=True)
     page.wait_until_idle()
     page.page.wait_for_timeout(300)
     assert not generating()
