@@ -26,7 +26,7 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 _FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 _PORT = 7919
 _SECONDS = 120
-_COLORS = 192
+_COLORS = 256
 _MAX_BYTES = 150_000
 
 

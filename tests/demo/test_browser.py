@@ -15,8 +15,8 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture
 def slow_model(served: Any) -> Iterator[None]:
-    """At most ten tokens a second: an answer of 600 takes longer than finding the stop button."""
-    hook = served.service.chat.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    """At most four tokens a second: an answer of 600 takes longer than finding the stop button."""
+    hook = served.service.chat.model.register_forward_pre_hook(lambda *_: time.sleep(0.25))
     yield
     hook.remove()
 
@@ -112,7 +112,7 @@ def test_stop_ends_the_generation_and_leaves_what_was_said(
     page.ask("what is it", served.pictures / "a.png")
     page.page.wait_for_selector("#window .bot.message")
     assert generating()
-    page.page.click("#box button.stop-button", force=True)
+    page.page.locator("#box button.stop-button").dispatch_event("click")
     page.wait_until_idle()
     page.page.wait_for_timeout(300)
     assert not generating()
