@@ -1,6 +1,7 @@
-"""Which expert took which patch, as pictures and numbers. Pure functions; nothing here knows Gradio.
+"""Which expert took which patch or token, as numbers and pictures. Pure functions; nothing here knows Gradio.
 
-Shapes: S tokens of the tower (class token first, then patches row by row), E experts, H x W patch grid.
+Shapes: S tokens of the tower (class token first, then patches row by row), E experts, H x W patch grid; a sentence is a
+grid of one row.
 """
 
 from collections.abc import Sequence
@@ -17,19 +18,21 @@ from vision_moe.plots import COLORS
 
 
 class Routing(NamedTuple):
-    """The routing of one picture.
+    """The routing of one picture or sentence.
 
     Attributes:
-        picture: what the tower saw: cropped, padded and resized as its processor does.
         expert_maps: int[H, W] per layer, the first choice of each patch.
         gate_maps: float[H, W] per layer, the gate of that choice, in [0, 1].
         num_experts: E.
+        picture: what the tower saw: cropped, padded and resized as its processor does; None for a sentence.
+        words: the W tokens of a sentence.
     """
 
-    picture: Image.Image
     expert_maps: tuple[NDArray[np.int64], ...]
     gate_maps: tuple[NDArray[np.float32], ...]
     num_experts: int
+    picture: Image.Image | None = None
+    words: tuple[str, ...] = ()
 
 
 def first_choice(
@@ -64,48 +67,42 @@ def first_choice(
     return experts_P.reshape(grid).cpu().numpy(), gates_P.reshape(grid).cpu().numpy()
 
 
-def palette(num_experts: int) -> NDArray[np.uint8]:
-    """One fixed color per expert: uint8[E, 3]; from the ninth expert on, the eight colors return lighter."""
+def route(
+    router_logits: Sequence[torch.Tensor],
+    grid: tuple[int, int],
+    routers: Sequence[Router] | None = None,
+    *,
+    picture: Image.Image | None = None,
+    words: tuple[str, ...] = (),
+) -> Routing:
+    """Gathers the first choices of all layers.
+
+    Args:
+        router_logits: float[S, E] per layer, at least one.
+        grid: (H, W) patches.
+        routers: of the layers, see `first_choice`.
+        picture: what the tower saw.
+        words: the tokens of a sentence.
+    """
+    of = routers if routers is not None else [None] * len(router_logits)
+    choices = [first_choice(logits_SE, grid, router) for logits_SE, router in zip(router_logits, of, strict=True)]
+    return Routing(
+        expert_maps=tuple(experts for experts, _ in choices),
+        gate_maps=tuple(gates for _, gates in choices),
+        num_experts=router_logits[0].shape[-1],
+        picture=picture,
+        words=words,
+    )
+
+
+def palette(num_experts: int) -> list[str]:
+    """One fixed color per expert, as in CSS; from the ninth expert on, the eight colors return lighter."""
     base = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in COLORS], dtype=np.float64)
     experts = np.arange(num_experts)
     rounds = -(-num_experts // len(COLORS))
     white = (0.75 * (experts // len(COLORS)) / max(rounds, 1))[:, None]
-    return np.rint(base[experts % len(COLORS)] * (1 - white) + 255 * white).astype(np.uint8)
-
-
-def overlay(
-    picture: Image.Image,
-    expert_map_HW: NDArray[np.int64],
-    gates_HW: NDArray[np.float32],
-    *,
-    num_experts: int,
-    opacity: float = 1.0,
-) -> Image.Image:
-    """Paints each patch in its expert's color, the more opaque the larger its gate.
-
-    Args:
-        picture: the background; patch (r, c) covers rows [r h / H, (r + 1) h / H) of its h, columns likewise.
-        expert_map_HW: int[H, W] in [0, num_experts).
-        gates_HW: float[H, W] in [0, 1]; color * gate * opacity + picture * (1 - gate * opacity).
-        num_experts: E, fixes the palette.
-        opacity: in [0, 1], of a patch whose gate is 1.
-
-    Raises:
-        ValueError: if the two maps differ in shape, or an expert is out of range.
-    """
-    if expert_map_HW.shape != gates_HW.shape:
-        raise ValueError(f"expert map is {expert_map_HW.shape} but gates are {gates_HW.shape}; both must be [H, W]")
-    if expert_map_HW.min() < 0 or expert_map_HW.max() >= num_experts:
-        raise ValueError(
-            f"experts must be in [0, {num_experts}), but got {expert_map_HW.min()} to {expert_map_HW.max()}"
-        )
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
-    rows = np.arange(pixels.shape[0]) * expert_map_HW.shape[0] // pixels.shape[0]
-    columns = np.arange(pixels.shape[1]) * expert_map_HW.shape[1] // pixels.shape[1]
-    cell = np.ix_(rows, columns)
-    colors = palette(num_experts)[expert_map_HW[cell]]
-    alpha = (gates_HW[cell] * opacity)[..., None]
-    return Image.fromarray(np.rint(colors * alpha + pixels * (1 - alpha)).astype(np.uint8))
+    colors = np.rint(base[experts % len(COLORS)] * (1 - white) + 255 * white).astype(int)
+    return ["#" + "".join(f"{channel:02x}" for channel in color) for color in colors]
 
 
 def shares(expert_map_HW: NDArray[np.int64], num_experts: int) -> NDArray[np.float64]:
@@ -120,27 +117,3 @@ def seen_picture(
     picture = unnormalized(pixel_values_3HW, mean, std)
     factor = -(-min_side // min(picture.size))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
-
-
-def route(
-    picture: Image.Image,
-    router_logits: list[torch.Tensor],
-    grid: tuple[int, int],
-    routers: Sequence[Router] | None = None,
-) -> Routing:
-    """Gathers the first choices of all layers.
-
-    Args:
-        picture: what the tower saw.
-        router_logits: float[S, E] per layer, at least one.
-        grid: (H, W) patches.
-        routers: of the layers, see `first_choice`.
-    """
-    of = routers if routers is not None else [None] * len(router_logits)
-    choices = [first_choice(logits_SE, grid, router) for logits_SE, router in zip(router_logits, of, strict=True)]
-    return Routing(
-        picture=picture,
-        expert_maps=tuple(experts for experts, _ in choices),
-        gate_maps=tuple(gates for _, gates in choices),
-        num_experts=router_logits[0].shape[-1],
-    )

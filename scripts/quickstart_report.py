@@ -120,7 +120,7 @@ def _next_steps(run: Path) -> str:
 
 
 def _demo(run: Path) -> str:
-    return f".venv/bin/python -m demo.app --model {run}/llava/model --examples {run}/scenes/images/test"
+    return f".venv/bin/python -m demo.app --run {run}"
 
 
 def _verdict(encoder: dict[str, Any], answers: dict[str, Any], blank: dict[str, Any]) -> str:

@@ -1,11 +1,14 @@
-"""The overlay's colors and geometry, worked by hand."""
+"""First choices, gates and colors, worked by hand."""
+
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from demo.routing_view import first_choice, overlay, palette, route, seen_picture, shares
+from demo.panel import opacity, view
+from demo.routing_view import Routing, first_choice, palette, route, seen_picture, shares
 from vision_moe.moe.router import Router
 
 
@@ -31,44 +34,10 @@ def test_fewer_tokens_than_patches_is_an_error_that_names_both() -> None:
         first_choice(torch.zeros(3, 4), (2, 2))
 
 
-def test_overlay_mixes_color_and_picture_by_gate_patch_by_patch() -> None:
-    picture = Image.new("RGB", (4, 2), (100, 200, 0))
-    experts_HW = np.array([[0, 1]])
-    gates_HW = np.array([[1.0, 0.5]], dtype=np.float32)
-    pixels = np.asarray(overlay(picture, experts_HW, gates_HW, num_experts=4))
-    # Expert 0 is #0072B2; expert 1 is #E69F00 = (230, 159, 0), half of it and half of the picture.
-    assert (pixels[:, :2] == (0x00, 0x72, 0xB2)).all()
-    assert (np.abs(pixels[:, 2:].astype(int) - (165, 179.5, 0)) <= 0.5).all()
-    assert pixels.shape == (2, 4, 3)
-
-
-def test_overlay_geometry_covers_pictures_that_patches_do_not_divide() -> None:
-    experts_HW = np.array([[0, 1], [2, 3]])
-    pixels = np.asarray(overlay(Image.new("RGB", (5, 3)), experts_HW, np.ones((2, 2), np.float32), num_experts=4))
-    colors = palette(4)
-    # Rows 0, 1 | 2 and columns 0, 1, 2 | 3, 4: pixel i belongs to patch i * 2 // size.
-    assert (pixels[:2, :3] == colors[0]).all()
-    assert (pixels[:2, 3:] == colors[1]).all()
-    assert (pixels[2:, :3] == colors[2]).all()
-    assert (pixels[2:, 3:] == colors[3]).all()
-
-
-def test_opacity_zero_leaves_the_picture_untouched() -> None:
-    picture = Image.effect_noise((8, 8), 60).convert("RGB")
-    result = overlay(picture, np.zeros((2, 2), int), np.ones((2, 2), np.float32), num_experts=1, opacity=0.0)
-    assert result.tobytes() == picture.tobytes()
-
-
-@pytest.mark.parametrize("experts", [[[4]], [[-1]]], ids=str)
-def test_expert_out_of_range_is_an_error(experts: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match=r"experts must be in \[0, 4\)"):
-        overlay(Image.new("RGB", (2, 2)), np.array(experts), np.ones((1, 1), np.float32), num_experts=4)
-
-
 def test_palette_is_fixed_and_all_its_colors_differ() -> None:
-    assert (palette(4) == palette(8)[:4]).all()
+    assert palette(4) == palette(8)[:4] == ["#0072b2", "#e69f00", "#009e73", "#cc79a7"]
     for num_experts in (8, 16, 32):
-        assert len({tuple(color) for color in palette(num_experts).tolist()}) == num_experts
+        assert len(set(palette(num_experts))) == num_experts
 
 
 def test_shares_count_patches_and_list_experts_without_any() -> None:
@@ -86,7 +55,7 @@ def test_seen_picture_undoes_the_normalization() -> None:
 
 def test_route_keeps_layers_in_order() -> None:
     layers = [torch.eye(4)[[0, 1, 1, 1, 1]] * 9, torch.eye(4)[[0, 3, 2, 1, 0]] * 9]
-    routing = route(Image.new("RGB", (4, 4)), layers, (2, 2))
+    routing = route(layers, (2, 2))
     assert [experts.tolist() for experts in routing.expert_maps] == [[[1, 1], [1, 1]], [[3, 2], [1, 0]]]
     assert routing.num_experts == 4
 
@@ -100,3 +69,36 @@ def test_first_choice_and_gate_are_the_routers_own() -> None:
     router.choice_bias.copy_(torch.tensor([1.0, 0.0]))
     experts_HW, gates_HW = first_choice(logits_SE, (1, 1), router)
     assert (experts_HW.item(), gates_HW.item()) == (0, pytest.approx(0.5))
+
+
+def test_color_is_faintest_at_chance_and_strongest_at_certainty() -> None:
+    assert opacity(0.25, 4) == opacity(0.1, 4) == pytest.approx(0.35)
+    assert opacity(0.4375, 4) == pytest.approx(0.6)
+    assert opacity(1.0, 4) == opacity(1.0, 1) == pytest.approx(0.85)
+
+
+def test_view_paints_each_patch_and_counts_each_expert() -> None:
+    routing = Routing(
+        (np.array([[0, 1], [1, 3]]),), (np.array([[1.0, 0.25], [0.25, 1.0]]),), 4, Image.new("RGB", (8, 8))
+    )
+    page = view(routing, 0, [6])
+    patches = re.findall(r'class="patch e(\d)" x="(\d)" y="(\d)" .*? fill-opacity="([\d.]+)"', page)
+    assert patches == [
+        ("0", "0", "0", "0.850"),
+        ("1", "1", "0", "0.350"),
+        ("1", "0", "1", "0.350"),
+        ("3", "1", "1", "0.850"),
+    ]
+    assert re.findall(r"(\d+) %, (gate [\d.]+|unused)", page) == [
+        ("25", "gate 1.00"),
+        ("50", "gate 0.25"),
+        ("0", "unused"),
+        ("25", "gate 1.00"),
+    ]
+    assert "Layer 1, block 6 of the tower" in page
+
+
+def test_words_are_text_and_not_markup() -> None:
+    routing = Routing((np.array([[0]]),), (np.array([[1.0]]),), 1, words=("<b>",))
+    assert "&lt;b&gt;" in view(routing, 0, [0])
+    assert "<b>" not in view(routing, 0, [0])
