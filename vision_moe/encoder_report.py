@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def render_tables(results: dict[str, Any]) -> str:
     lines += ["", "| stage | pairs seen | steps | seconds |", "| --- | --- | --- | --- |"]
     for name, stage in results["stages"].items():
         lines.append(f"| {name} | {stage['samples']:,} | {stage['steps']} | {stage['seconds']} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_cluster_table(results["stages"])])
 
 
 def _evaluate(config: TrainConfig, folder: Path, processor: ProcessorMixin, dataset: CaptionDataset) -> dict[str, Any]:
@@ -143,6 +144,22 @@ def open_eval_data(config: TrainConfig) -> CaptionDataset:
 def label(name: str) -> str:
     """A stage's name for readers."""
     return _NAMES.get(name, f"expert {name.removeprefix('mcl')} alone" if name.startswith("mcl") else name)
+
+
+def _cluster_table(stages: dict[str, Any]) -> list[str]:
+    """Sizes of the clusters that each MCL stage drew its batches from; nothing where none did."""
+    rows = []
+    for name, stage in stages.items():
+        found = stage["cluster_batches"]
+        if found is not None:
+            sizes = list(found["sizes"].values())
+            counts = [len(sizes), min(sizes), f"{median(sizes):g}", max(sizes)]
+            cells = [*counts, found["batches"], found["dropped"], found["dropped_clusters"], found["backed_off"]]
+            rows.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    if not rows:
+        return []
+    columns = "stage | clusters | smallest | median | largest | batches an epoch | pictures dropped | clusters dropped"
+    return ["", f"| {columns} | pictures backed off |", f"|{' --- |' * 9}", *rows]
 
 
 def _retrieval_row(label: str, found: dict[str, Any]) -> str:

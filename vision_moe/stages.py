@@ -1,6 +1,5 @@
 """Runs one training stage so that a killed run goes on, and a finished one is not run twice."""
 
-import gc
 import json
 import logging
 import math
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.data.captions import CaptionDataset
@@ -138,9 +138,8 @@ class StageRunner:
         if is_main():
             self.save(trainer.accelerator.unwrap_model(trainer.model), self.model_folder(stage.name), state)
         self._finish(stage, num_steps, seconds, resumed=bool(checkpoint), more=summary)
-        # Under ZeRO-3 the next model would be split over the ranks as it is loaded, while these arguments live.
-        del trainer, model
-        gc.collect()
+        # Or else ZeRO-3 would split the next model over the ranks as it is loaded.
+        unset_hf_deepspeed_config()
         return self.model_folder(stage.name)
 
     def _callbacks(self, stage: Stage, model: PreTrainedModel, checkpoint: str | None) -> list[TrainerCallback]:

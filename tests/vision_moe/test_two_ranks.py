@@ -95,7 +95,7 @@ def results(inputs, shards, model_folder, tmp_path_factory):
         for rank in range(2)
     ]
     try:
-        assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+        assert [process.wait(timeout=900) for process in ranks] == [0, 0]
     finally:
         for process in ranks:
             process.kill()

@@ -36,7 +36,7 @@ def load_balance_loss(
     """
     gates_TE, topk_experts_TK = _valid(gates_TE, mask_T).float(), _valid(topk_experts_TK, mask_T)
     num_experts = gates_TE.shape[-1]
-    chosen_TE = torch.nn.functional.one_hot(topk_experts_TK, num_experts).sum(dim=1).to(gates_TE)
+    chosen_TE = torch.zeros_like(gates_TE).scatter(1, topk_experts_TK, 1.0)
     f_E, P_E = mean(torch.stack([chosen_TE, gates_TE], dim=1))
     return num_experts * (f_E * P_E).sum()
 

@@ -72,6 +72,9 @@ def test_run_leaves_models_metrics_tables_and_environment(unbroken):
     report = (unbroken / "report.md").read_text()
     assert "CLIP-MoE (DMU)" in report
     assert "expert 2 alone" in report
+    sizes = results["stages"]["mcl2"]["cluster_batches"]["sizes"].values()
+    assert sum(sizes) == 128
+    assert f"| mcl2 | {len(sizes)} | {min(sizes)} | " in report
     logged = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
     assert {entry["stage"] for entry in logged} == set(ALL_STAGES)
     assert json.loads((unbroken / "environment.json").read_text())["packages"]["torch"]
