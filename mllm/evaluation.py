@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mllm.generate import Chat
 from mllm.preflight import generators_put_back
-from mllm.recipe import EvaluationSettings
+from mllm.stage_recipe import EvaluationSettings
 from mllm.trainer import LlavaTrainer
 from vision_moe.distributed import barrier, gather
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from mllm.recipe import LlavaConfig, StageConfig
+from mllm.recipe import LlavaConfig
+from mllm.stage_recipe import StageConfig
 from vision_moe.config import to_dict
 from vision_moe.model_card import CardText, last_loss, training_facts, write_card
 

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from mllm.recipe import LoraSettings
+from mllm.stage_recipe import LoraSettings
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:

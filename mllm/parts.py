@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mllm.lora import add_lora
-from mllm.recipe import StageConfig
+from mllm.stage_recipe import StageConfig
 from vision_moe.moe.experts import Experts, SharedExpert
 from vision_moe.moe.router import Router
 

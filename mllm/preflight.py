@@ -23,7 +23,7 @@ from mllm.conversation import IGNORE_INDEX
 from mllm.gradient_probe import GradientProbe, frozen_gradients, shown
 from mllm.memory import MemoryEstimate, estimate_memory
 from mllm.parts import named_parts
-from mllm.recipe import StageConfig
+from mllm.stage_recipe import StageConfig
 from mllm.trainer import LlavaTrainer
 from vision_moe.distributed import is_main, sum_over_ranks, world_size
 

@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
-from transformers.utils.generic import is_flash_attention_requested
 
 from mllm.adapter import AdapterInfo, save_adapter
-from mllm.collate import BranchedCollator, LlavaCollator, PackedCollator
 from mllm.data import LlavaDataset
 from mllm.deepspeed_setup import keep_blocks_whole, zero_stage
 from mllm.evaluation import TaskEvaluation
@@ -28,12 +26,13 @@ from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.parts import set_trainable
 from mllm.preflight import preflight
 from mllm.quantization import accept_own_state, quantization_config
-from mllm.recipe import LlavaConfig, StageConfig
+from mllm.recipe import LlavaConfig
 from mllm.sampler import DialogueBatchSampler
+from mllm.stage_recipe import StageConfig
 from mllm.tower_fingerprint import record_tower
 from mllm.trainer import LlavaTrainer
 from mllm.training_arguments import training_arguments
-from mllm.training_batch import TrainingCollator
+from mllm.training_batch import training_collator
 from mllm.watchdog import HangWatchdog
 from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.distributed import barrier, is_main, rank, world_size
@@ -126,17 +125,6 @@ class StageRunner:
             independent_turns=stage.independent_turns,
         )
 
-    def _collator(self, stage: StageConfig) -> TrainingCollator:
-        pad_token_id = self.processor.tokenizer.pad_token_id
-        if stage.independent_turns:
-            additive = self.config.attn_implementation == "eager"
-            return TrainingCollator(BranchedCollator(pad_token_id, additive_mask=additive), pad_token_id)
-        if not stage.packing:
-            return TrainingCollator(LlavaCollator(pad_token_id), pad_token_id)
-        # The variable-length kernel is taken for one row only, and other kernels' cost grows with its length squared.
-        one_row = is_flash_attention_requested(requested_attention_implementation=self.config.attn_implementation)
-        return TrainingCollator(PackedCollator(pad_token_id, None if one_row else self.config.max_length), pad_token_id)
-
     def _trainer(
         self,
         name: str,
@@ -163,7 +151,7 @@ class StageRunner:
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=self._collator(stage),
+            data_collator=training_collator(stage, self.config, self.processor.tokenizer.pad_token_id),
             batch_sampler=sampler,
             learning_rates=stage.learning_rates,
             callbacks=[

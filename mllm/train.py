@@ -16,7 +16,8 @@ import vision_moe.model  # noqa: F401  (registers CLIP-MoE with the Auto classes
 from mllm.assemble import assemble
 from mllm.deepspeed_setup import init_deepspeed
 from mllm.language_model import resolve_language_model
-from mllm.recipe import LlavaConfig, StageConfig, enabled_stages
+from mllm.recipe import LlavaConfig, enabled_stages
+from mllm.stage_recipe import StageConfig
 from mllm.stages import StageRunner, is_finished
 from mllm.tower import resolve_tower
 from vision_moe.config import parse

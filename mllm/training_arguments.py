@@ -7,7 +7,8 @@ import torch
 from transformers import TrainingArguments
 
 from mllm.deepspeed_setup import deepspeed_config
-from mllm.recipe import LlavaConfig, StageConfig
+from mllm.recipe import LlavaConfig
+from mllm.stage_recipe import StageConfig
 from vision_moe.distributed import world_size
 from vision_moe.trackers import run_name
 

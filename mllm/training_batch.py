@@ -6,12 +6,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import is_flash_attention_requested
 
+from mllm.collate import BranchedCollator, LlavaCollator, PackedCollator
 from mllm.conversation import IGNORE_INDEX
 from mllm.data import SkippedSample
+from mllm.recipe import LlavaConfig
+from mllm.stage_recipe import StageConfig
 from vision_moe.distributed import sum_over_ranks
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
+
+
+def training_collator(stage: StageConfig, config: LlavaConfig, pad_token_id: int) -> "TrainingCollator":
+    """The collator that a stage's fields ask for."""
+    if stage.independent_turns:
+        additive = config.attn_implementation == "eager"
+        return TrainingCollator(BranchedCollator(pad_token_id, additive_mask=additive), pad_token_id)
+    if not stage.packing:
+        return TrainingCollator(LlavaCollator(pad_token_id), pad_token_id)
+    # The variable-length kernel is taken for one row only, and other kernels' cost grows with its length squared.
+    one_row = is_flash_attention_requested(requested_attention_implementation=config.attn_implementation)
+    return TrainingCollator(PackedCollator(pad_token_id, None if one_row else config.max_length), pad_token_id)
 
 
 class TrainingCollator:

@@ -22,7 +22,8 @@ from mllm.conversation import IGNORE_INDEX
 from mllm.data.dataset import LlavaDataset
 from mllm.data.findings import Findings, Summary
 from mllm.language_model import resolve_language_model
-from mllm.recipe import LlavaConfig, StageConfig, enabled_stages
+from mllm.recipe import LlavaConfig, enabled_stages
+from mllm.stage_recipe import StageConfig
 from mllm.tower import resolve_tower
 from mllm.train import with_data
 from vision_moe.config import parse

@@ -18,7 +18,7 @@ from mllm.generate import load
 from mllm.lora import add_lora
 from mllm.merge import merge_adapter
 from mllm.pretrained import load_processor
-from mllm.recipe import LoraSettings
+from mllm.stage_recipe import LoraSettings
 from vision_moe.files import weights_sha256
 from vision_moe.model import CLIPMoEVisionConfig, CLIPMoEVisionModel
 

@@ -13,7 +13,8 @@ from mllm.assemble import build_llava
 from mllm.collate import BranchedCollator, LlavaCollator
 from mllm.conversation import encode
 from mllm.data import LlavaDataset
-from mllm.recipe import LlavaConfig, StageConfig
+from mllm.recipe import LlavaConfig
+from mllm.stage_recipe import StageConfig
 
 QUESTIONS = (("Is there a red dog?", "No."), ("Is it?", "Yes, there is."), ("What is it?", "A red dog."))
 

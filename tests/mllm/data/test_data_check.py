@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mllm.data.check import CheckConfig, check, main
-from mllm.recipe import StageConfig
+from mllm.stage_recipe import StageConfig
 
 ASK = {"from": "human", "value": "<image>\nIs there a red cube?"}
 YES = {"from": "gpt", "value": "Yes."}

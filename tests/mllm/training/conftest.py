@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM
 
-from mllm.recipe import LlavaConfig, LoraSettings, StageConfig
+from mllm.recipe import LlavaConfig
+from mllm.stage_recipe import LoraSettings, StageConfig
 from mllm.tokenizer import train_tokenizer
 from vision_moe.model import CLIPMoEVisionConfig, CLIPMoEVisionModel
 

@@ -20,7 +20,7 @@ from mllm.merge import main as merge
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.pretrained import load_model, load_processor
 from mllm.quantization import accept_own_state, quantization_config
-from mllm.recipe import LoraSettings, StageConfig
+from mllm.stage_recipe import LoraSettings, StageConfig
 from mllm.train import run
 from vision_moe.files import weights_sha256
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mllm.lmms_adapter import VisionMoeLlava
 from mllm.lmms_tasks import numbers, run_task, task_manager
-from mllm.recipe import EvaluationSettings, LoraSettings, StageConfig
+from mllm.stage_recipe import EvaluationSettings, LoraSettings, StageConfig
 from mllm.train import run
 from vision_moe.config import write_yaml
 

@@ -14,7 +14,7 @@ from torch import nn
 import mllm.stages
 from mllm.memory import estimate_memory
 from mllm.preflight import PreflightError, preflight
-from mllm.recipe import LoraSettings
+from mllm.stage_recipe import LoraSettings
 from mllm.train import run
 from mllm.trainer import LlavaTrainer
 

@@ -7,7 +7,8 @@ import pytest
 
 import mllm.recipe
 from mllm.deepspeed_setup import PACKAGED, deepspeed_config, zero_stage
-from mllm.recipe import LlavaConfig, StageConfig, enabled_stages
+from mllm.recipe import LlavaConfig, enabled_stages
+from mllm.stage_recipe import StageConfig
 from vision_moe.config import parse, to_dict, write_yaml
 
 _RECIPES = Path(mllm.recipe.__file__).parent / "recipes"
