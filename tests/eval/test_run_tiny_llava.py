@@ -111,7 +111,7 @@ def test_lmms_evals_own_command_gives_the_same_numbers(llava_folder, pope_folder
         assert theirs[f"{name},none"] == value, name
     (samples,) = tmp_path.rglob("*_samples_pope_scenes.jsonl")
     logged = [json.loads(line) for line in samples.read_text().splitlines()]
-    assert {line["doc_id"]: line["filtered_resps"][0] for line in logged} == {
+    assert {line["doc_id"]: line["filtered_resps"] for line in logged} == {
         line["doc_id"]: line["answer"] for line in answers
     }
 
