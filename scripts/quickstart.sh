@@ -4,7 +4,7 @@
 #
 #   bash scripts/quickstart.sh                   everything, into outputs/quickstart
 #   bash scripts/quickstart.sh --smoke           a few steps of everything in two and a half minutes; its numbers mean nothing
-#   bash scripts/quickstart.sh --llm smollm2     with SmolLM2-135M-Instruct as the language model
+#   bash scripts/quickstart.sh --llm smollm2     with SmolLM2-135M-Instruct as the language model: more than an hour
 #   bash scripts/quickstart.sh --output DIR
 #
 # Interrupted, it goes on where it stopped when it is started again with the same options.
@@ -32,7 +32,10 @@ else
     scenes="--num 8000 --num-test 1000" encoder_flags="" llava_flags="" limit=""
 fi
 recipe=mllm/recipes/scenes.yaml
-[ "$llm" = scenes-llama ] || recipe=mllm/recipes/smollm2_scenes.yaml
+if [ "$llm" != scenes-llama ]; then
+    recipe=mllm/recipes/smollm2_scenes.yaml
+    echo "quickstart: with SmolLM2 this took 103 minutes on two busy cores (docs/results.md); a larger model takes longer"
+fi
 
 bash scripts/setup.sh
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false
