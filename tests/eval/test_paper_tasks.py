@@ -28,10 +28,17 @@ VQAV2_ANSWERS = List({"answer": Value("string"), "answer_confidence": Value("str
 class LookupChat:
     """Answers by the color of the first picture."""
 
+    template = "v1"
+
     def __init__(self, answers):
         self.answers = answers
         self.prompts = []
-        self.model = SimpleNamespace(device=torch.device("cpu"))
+        config = SimpleNamespace(
+            vision_config=SimpleNamespace(model_type="clip_vision_model", image_size=8),
+            text_config=SimpleNamespace(model_type="llama"),
+            image_seq_length=1,
+        )
+        self.model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, config=config)
         self.processor = SimpleNamespace(image_processor=SimpleNamespace(image_mean=[0.5, 0.5, 0.5]))
 
     def generate_batch(self, conversations, **settings):

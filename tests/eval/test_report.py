@@ -150,12 +150,11 @@ def test_records_over_other_questions_are_not_compared(write):
 
 
 def test_a_report_whose_data_have_gone_says_so_instead_of_a_picture(write, tmp_path, capsys):
-    result = {"pope_scenes": _entry({"score": 0.5}, 2)}
     settings = {"include_path": [], "data": str(tmp_path / "gone")}
-    files = [
-        write(name, result, _lines(scores, task="pope_scenes"), **settings)
-        for name, scores in (("a", [1, 0]), ("b", [1, 1]))
-    ]
+    files = []
+    for name, scores in (("a", [1, 0]), ("b", [1, 1])):
+        result = {"pope_scenes": _entry({"score": sum(scores) / 2}, 2)}
+        files.append(write(name, result, _lines(scores, task="pope_scenes"), **settings))
     main([*map(str, files), "--output", str(tmp_path / "report")])
     assert "report.html" in capsys.readouterr().out
     text = (tmp_path / "report" / "report.md").read_text()
