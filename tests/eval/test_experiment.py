@@ -155,6 +155,7 @@ def test_soup_is_the_mean_of_all_weights(model_folder):
         torch.testing.assert_close(tensor, before[name] + 1.0)
 
 
+@pytest.mark.slow
 def test_experts_of_a_run_are_measured_together(scenes, tmp_path):
     """The whole road, two steps a stage: the mixture, each expert, their soup, ensemble and oracle."""
     arms = {"dmu": arm("dmu", [1e-3], experts=["mcl1", "mcl2", "mcl3"])}

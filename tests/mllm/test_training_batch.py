@@ -1,5 +1,6 @@
 """Skipped samples leave the batch and are counted; the log tells padding, speed and skips."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ def test_a_batch_of_skipped_samples_has_a_row_and_supervises_nothing(collate: An
 
 def test_an_entry_tells_of_the_batches_since_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.0, 16.0])
-    monkeypatch.setattr(mllm.training_batch.time, "monotonic", lambda: next(clock))
+    # The module's clock alone: other threads of the process read the time as well.
+    monkeypatch.setattr(mllm.training_batch, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     tally = BatchTally(torch.device("cpu"))
     tally.add(torch.tensor([30, 40, 4, 0]))
     tally.add(torch.tensor([50, 60, 4, 0]))

@@ -83,6 +83,7 @@ def test_skipping_does_not_depend_on_how_samples_are_dealt_out(
     assert skipped[0] == skipped[1] >= 1
 
 
+@pytest.mark.slow
 def test_two_processes_skip_and_pack_as_one_does(make_finetune: Any, tmp_path: Path, one_missing: Path) -> None:
     fields = {"bad_samples": "skip"}
     alone = make_finetune(tmp_path / "alone", fields, data=one_missing, packing=True)

@@ -212,6 +212,7 @@ def test_hugging_face_streams_resume_exactly(parquet, num_workers):
         assert first + rest == unbroken
 
 
+@pytest.mark.slow
 def test_datasets_own_shuffle_loses_its_buffer_on_resumption(parquet):
     """Why the buffer here is our own; drop it when this fails."""
 
