@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModel, CLIPConfig
 
+from vision_moe.assets import find_model
 from vision_moe.config import parse
 from vision_moe.files import write_json
 from vision_moe.mixture_config import resolve_layers
@@ -185,7 +186,7 @@ def main() -> None:
         for layers in config.layers:
             rows.append(count(name, preset_config(name, layers, **fields), f"{words} {layers} blocks"))
     if config.model is not None:
-        rows.append(count(config.model, AutoConfig.from_pretrained(config.model), "as configured"))
+        rows.append(count(config.model, AutoConfig.from_pretrained(find_model(config.model)), "as configured"))
     reference = count(config.reference, preset_config(config.reference))
     sys.stdout.write(table(rows, reference))
     if config.output is not None:
