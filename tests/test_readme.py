@@ -53,6 +53,7 @@ STAND_INS = {
     " --output report.json": " --output outputs/report.json",
     "--tokenizer MODEL": "--tokenizer scenes-clip",
     " --caption_field F": "",
+    "outputs/clip_moe_336/dmu/model": "scenes-clip",
 }
 
 
@@ -154,9 +155,9 @@ def test_every_command_of_a_page_runs(page, tmp_path):
     if not found:
         pytest.skip("shows no command that can run here")
     for command in found:
+        command = re.sub(r"(?<!\S)\[(--[^]]*)\]", r"\1", command)
         for shown, here in STAND_INS.items():
             command = command.replace(shown, here)
-        command = re.sub(r"(?<!\S)\[(--[^]]*)\]", r"\1", command)
         command = re.sub(r"(?<!\S)python -", ".venv/bin/python -", command)
         if "outputs/scenes" in command and "data.scenes" not in command and not (tmp_path / "scenes").is_dir():
             run(

@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import AutoTokenizer
 
+from vision_moe.assets import find_model
 from vision_moe.config import parse
 from vision_moe.data.captions import check_field
 from vision_moe.data.check_report import CheckReport
@@ -163,7 +164,7 @@ def _open(config: CheckConfig, report: CheckReport) -> Source:
 def _tokens(config: CheckConfig) -> tuple[Callable[[Sequence[str]], list[int]] | None, int | None]:
     if config.tokenizer is None:
         return None, None
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(find_model(config.tokenizer))
     limit = stated_length(tokenizer) if config.max_tokens is None else config.max_tokens
     # Its warnings about long captions are what is being counted here.
     count: Callable[[Sequence[str]], list[int]] = lambda captions: [  # noqa: E731
