@@ -4,7 +4,7 @@
 #   bash scripts/bench/run.sh             a quarter of an hour on one core; run nothing beside it
 #   bash scripts/bench/run.sh --tiny      small sizes: that everything runs, no figures
 #
-# faiss-cpu and scikit-learn are peers: uv pip install -e ".[bench]", or pip install.
+# faiss-cpu and scikit-learn are peers: .venv/bin/python -m pip install -c constraints.txt -e ".[bench]"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$PWD
