@@ -55,7 +55,7 @@ _FLAGS = (
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 )
-_SECONDS = 30_000
+_TIMEOUT_MS = 90_000
 
 
 class Served(NamedTuple):
@@ -192,7 +192,7 @@ class Page:
         self.page = page
         self.requests: list[str] = []
         page.on("request", lambda request: self.requests.append(request.url))
-        page.set_default_timeout(_SECONDS)
+        page.set_default_timeout(_TIMEOUT_MS)
         page.goto(url)
         page.wait_for_selector("#box textarea")
 
