@@ -93,7 +93,7 @@ def _backend(device: str, dtype: torch.dtype) -> str:
     x_TD = torch.empty(1, 768, device=device, dtype=dtype)
     up_EFD, down_EDF = (x_TD.new_empty(4, *size) for size in ((3072, 768), (768, 3072)))
     weights = ExpertWeights(up_EFD, x_TD.new_empty(4, 3072), down_EDF, x_TD.new_empty(4, 768))
-    return pick_backend(x_TD, weights, 2048, "quick_gelu")
+    return pick_backend(x_TD, weights, "quick_gelu")
 
 
 def _missing() -> list[str]:

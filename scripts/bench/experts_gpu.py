@@ -44,14 +44,17 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Prints one table of ratios and writes it as JSON."""
+    """Prints a table of ratios for each case and writes all as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--output", type=Path, default=Path("runs/bench/experts_gpu.json"))
     args = parser.parse_args()
     rows: list[Row] = []
+    print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.__version__)
     for case in (*CASES, *LARGE):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        known = len(rows)
+        for dtype in (getattr(torch, name) for name in args.dtypes):
             inputs = Inputs(*(tensor.cuda() for tensor in make_inputs(case, dtype)))
             variants = make_variants(case, dtype)
             ours = variants.pop("vision_moe")
@@ -66,9 +69,9 @@ def main() -> None:
                 flop = case.flop * {"forward": 1, "training": 3, "router": 2}[kind]
                 for row in rows_of(seconds, "loop", case=case.name, dtype=str(dtype), **{"pass": kind}):
                     rows.append({**row, "tflops": flop / float(row["seconds"]) / 1e12})
-    print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    print(table(rows, ("case", "dtype", "pass", "variant", "ratio", "least", "greatest", "seconds", "tflops")))
-    write_json(rows, args.output)
+        columns = ("case", "dtype", "pass", "variant", "ratio", "least", "greatest", "seconds", "tflops")
+        print(table(rows[known:], columns), flush=True)
+        write_json(rows, args.output, device=torch.cuda.get_device_name())
 
 
 if __name__ == "__main__":

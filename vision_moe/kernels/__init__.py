@@ -19,8 +19,6 @@ from vision_moe.kernels.problem import ExpertWeights, expert_order
 __all__ = ["BACKENDS", "ExpertWeights", "grouped_mlp", "pick_backend", "routed_mlp"]
 
 BACKENDS = ("auto", "reference", "cpu", "grouped", "triton")
-# Rows per expert from which one cuBLAS product per expert keeps a GPU busy; an estimate, not measured.
-_CUBLAS_ROWS = 4096
 
 
 def routed_mlp(
@@ -60,7 +58,7 @@ def routed_mlp(
         if low < 0 or high > E:
             raise ValueError(f"experts must be in [0, {E}], {E} for a slot that is not computed; got {low} to {high}")
     x, cast = _autocast(x_TD, weights)
-    backend = pick_backend(x, cast, topk_experts_TK.numel(), activation, backend)
+    backend = pick_backend(x, cast, activation, backend)
     if backend == "reference":
         return reference.routed_mlp(x, topk_experts_TK, topk_gates_TK, cast, activation).to(x_TD.dtype)
     order_N, tokens_per_expert_E = expert_order(topk_experts_TK, E)
@@ -101,20 +99,19 @@ def grouped_mlp(
     if tokens_per_expert_E.shape != (len(w1_EFD),):
         raise ValueError(f"tokens_per_expert must be [{len(w1_EFD)}], but got {tuple(tokens_per_expert_E.shape)}")
     x, cast = _autocast(x_ND, weights)
-    backend = pick_backend(x, cast, len(x), activation, backend)
+    backend = pick_backend(x, cast, activation, backend)
     if backend == "reference":
         return reference.grouped_mlp(x, cast, tokens_per_expert_E, activation).to(x_ND.dtype)
     order_N = torch.arange(len(x), device=x.device)
     return _run(x, None, cast, order_N, tokens_per_expert_E, (activation, backend)).to(x_ND.dtype)
 
 
-def pick_backend(x: Tensor, weights: ExpertWeights, num_rows: int, activation: str, requested: str = "auto") -> str:
-    """The backend that runs, by device, dtype and rows.
+def pick_backend(x: Tensor, weights: ExpertWeights, activation: str, requested: str = "auto") -> str:
+    """The backend that runs, by device and dtype.
 
     Args:
         x: the input, for its device and dtype.
         weights: of the E experts.
-        num_rows: N.
         activation: name in transformers' ACT2FN.
         requested: one of `BACKENDS`.
 
@@ -130,10 +127,9 @@ def pick_backend(x: Tensor, weights: ExpertWeights, num_rows: int, activation: s
             raise ValueError(f"backend {requested!r} cannot run this: {obstacle}; possible are: {', '.join(possible)}")
         return requested
     preferred = {"cpu": ["cpu"], "cuda": ["triton", "grouped"]}.get(x.device.type, [])
-    if x.device.type == "cuda":
-        is_fused = x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
-        if is_fused or num_rows >= _CUBLAS_ROWS * len(weights.w1_EHD):
-            preferred.reverse()
+    if x.dtype == torch.float32:
+        # On an H100 a loop over cuBLAS beats Triton's products of float32, and nothing beats those of 16 bits.
+        preferred.reverse()
     return next((name for name in preferred if _obstacle(name, x, weights, activation) is None), "reference")
 
 

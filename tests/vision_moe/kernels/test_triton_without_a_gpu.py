@@ -12,11 +12,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from vision_moe.kernels import triton as ours  # noqa: E402
 from vision_moe.kernels import triton_kernels  # noqa: E402
+from vision_moe.kernels.triton_configs import ARCHITECTURES, configs_of  # noqa: E402
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -24,30 +25,41 @@ TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Arguments that are not of the operands' dtype; the others whose names end in shape letters are pointers to it.
 TYPES = {
-    "order_N": "*i64", "ends_E": "*i64", "tile_start": "*i64", "tile_expert": "*i32",
-    "gates_S": "*fp32", "out_SY": "*fp32", "dgate_NB": "*fp32", "top_k": "i32", "num_blocks": "i32",
+    "order_N": "*i64", "ends_E": "*i64", "tile_start": "*i64", "tile_end": "*i64", "tile_expert": "*i32",
+    "gates_S": "*fp32", "out_SY": "*fp32", "dgate_NB": "*fp32", "num_blocks": "i32",
 }  # fmt: skip
 SIZES = ("D", "F", "X", "Y", "P", "Q")
+# The field of Configs, the kernel, and what it is compiled for.
 VARIANTS = {
-    "up": ("up_kernel", {"HAS_BIAS": True, "GATED": False, "SAVE": True}),
-    "up-gated": ("up_kernel", {"HAS_BIAS": False, "GATED": True, "SAVE": True}),
-    "down": ("down_kernel", {"HAS_BIAS": True, "HAS_GATE": True, "stride_wx": 1}),
-    "down-input": ("down_kernel", {"HAS_BIAS": False, "HAS_GATE": False, "stride_wy": 1}),
-    "hidden": ("hidden_gradient_kernel", {"HAS_GATE": True, "GATED": False}),
-    "hidden-gated": ("hidden_gradient_kernel", {"HAS_GATE": True, "GATED": True}),
-    "weight-up": ("weight_gradient_kernel", {"HAS_GATE": False, "SUM": "p", "stride_oq": 1}),
-    "weight-down": ("weight_gradient_kernel", {"HAS_GATE": True, "SUM": "q", "stride_op": 1}),
+    "up": ("up", "up_kernel", {"HAS_BIAS": True, "GATED": False, "SAVE": True}),
+    "up-gated": ("up_gated", "up_kernel", {"HAS_BIAS": False, "GATED": True, "SAVE": True}),
+    "down": ("down", "down_kernel", {"HAS_BIAS": True, "HAS_GATE": True, "stride_wx": 1}),
+    "down-input": ("down", "down_kernel", {"HAS_BIAS": False, "HAS_GATE": False, "stride_wy": 1}),
+    "hidden": ("hidden", "hidden_gradient_kernel", {"HAS_GATE": True, "GATED": False}),
+    "hidden-gated": ("hidden_gated", "hidden_gradient_kernel", {"HAS_GATE": True, "GATED": True}),
+    "weight-up": ("weight", "weight_gradient_kernel", {"HAS_GATE": False, "SUM": "p", "stride_oq": 1}),
+    "weight-down": ("weight", "weight_gradient_kernel", {"HAS_GATE": True, "SUM": "q", "stride_op": 1}),
 }
 QUICK = list(product([80, 90, 120], [torch.bfloat16], ["up", "down", "hidden", "weight-down"]))
-ALL = list(product(ours.ARCHITECTURES, [torch.bfloat16, torch.float32], VARIANTS))
+ALL = list(product(ARCHITECTURES, [torch.bfloat16, torch.float32], VARIANTS))
 
 
 def compile_for(arch, dtype, variant):
-    name, flags = VARIANTS[variant]
+    field, name, flags = VARIANTS[variant]
     kernel = getattr(triton_kernels, name)
-    sizes = ours.config(dtype, 2 if variant == "up-gated" or "hidden" in variant else 1)
+    sizes = getattr(configs_of(dtype, arch), field)
     # Triton specializes strides of 1.
-    flags = {"FUNCTION": "quick_gelu", "PRECISION": "tf32", "UPCAST": False, "stride_xd": 1, "stride_qq": 1, **flags}
+    flags = {
+        "FUNCTION": "quick_gelu",
+        "PRECISION": "tf32",
+        "UPCAST": False,
+        "INDEX": tl.int32,
+        "EVEN": True,
+        "TOP_K": 2,
+        "stride_xd": 1,
+        "stride_qq": 1,
+        **flags,
+    }
     blocks = {"BLOCK_M": sizes.m, "BLOCK_N": sizes.n, "BLOCK_K": sizes.k}
     flags |= blocks | {"BLOCK_P": sizes.m, "BLOCK_Q": sizes.n, "BLOCK_R": sizes.k}
     signature, attributes = {}, {}
@@ -57,7 +69,7 @@ def compile_for(arch, dtype, variant):
             continue
         is_scalar = argument in SIZES or argument.startswith("stride")
         signature[argument] = TYPES.get(argument) or ("i32" if is_scalar else POINTER[dtype])
-        if argument not in ("top_k", "num_blocks"):
+        if argument != "num_blocks":
             attributes[(index,)] = [["tt.divisibility", 16]]
     constants = {argument: flags[argument] for argument in kernel.arg_names if argument in flags}
     source = ASTSource(kernel, signature, constants, attributes)
