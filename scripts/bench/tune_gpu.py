@@ -4,7 +4,6 @@
 """
 
 import argparse
-import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor

@@ -214,8 +214,19 @@ class Page:
         field = self.page.get_by_label("number input for Answer length, tokens at most").locator("visible=true")
         if not field.count():
             self.page.get_by_role("button", name="Answer settings").locator("visible=true").click()
-        field.fill(str(tokens))
-        field.press("Enter")
+        slider = self.page.get_by_label("range slider for Answer length, tokens at most").locator("visible=true")
+        # Settings that have just opened may take back what is typed before the page has heard of it.
+        settled = 0
+        for _ in range(300):
+            if slider.input_value() != str(tokens):
+                field.fill(str(tokens))
+                field.press("Enter")
+                settled = 0
+            self.page.wait_for_timeout(100)
+            settled += slider.input_value() == str(tokens)
+            if settled == 3:
+                return
+        raise AssertionError(f"the answer length does not stay at {tokens}")
 
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name).click()
