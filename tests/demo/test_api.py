@@ -1,8 +1,11 @@
 """The endpoints as programs call them: what they answer, what they refuse, and that users do not meet each other."""
 
 import json
+import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from gradio_client.utils import QueueError, Status
 from PIL import Image
 
 from demo.api import Api
+from demo.page import build, launch
 
 
 @pytest.fixture
@@ -72,6 +77,31 @@ def test_twenty_users_at_once_each_get_their_own_answer(served: Any) -> None:
     with ThreadPoolExecutor(20) as users:
         answers = list(users.map(ask, questions))
     assert answers == [_generated(served, question, tokens=6) for question in questions]
+
+
+def test_full_queue_turns_away_with_a_reason_and_keeps_those_who_wait(
+    served: Any, generating: Callable[[], bool]
+) -> None:
+    app, goes_on = build(served.service), threading.Event()
+    hook = served.service.chat.model.register_forward_pre_hook(lambda *_: goes_on.wait(60) and None)
+    _, url, _ = launch(app, prevent_thread_lock=True, quiet=True, max_queue=1)
+    try:
+        user = Client(url, verbose=False)
+        running = user.submit(question="is it a", max_new_tokens=4, api_name="/chat")
+        while not generating():
+            time.sleep(0.05)
+        waiting = user.submit(question="is it b", max_new_tokens=4, api_name="/chat")
+        while waiting.status().code != Status.IN_QUEUE:
+            time.sleep(0.05)
+        with pytest.raises(QueueError, match="Queue is full"):
+            user.submit(question="is it c", max_new_tokens=4, api_name="/chat").result()
+        goes_on.set()
+        answers = [running.result(), waiting.result()]
+    finally:
+        goes_on.set()
+        hook.remove()
+        app.close()
+    assert answers == [_generated(served, f"is it {letter}", tokens=4) for letter in "ab"]
 
 
 def test_one_users_failure_is_not_anothers(served: Any, tmp_path: Path) -> None:

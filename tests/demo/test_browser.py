@@ -105,6 +105,15 @@ def test_layer_slider_changes_the_patches_and_pointing_at_an_expert_fades_the_ot
     page.page.wait_for_function("it => getComputedStyle(it).fillOpacity == '0.04'", arg=faded.element_handle())
 
 
+def test_example_with_its_picture_and_question_is_one_click(page: Any, served: Any) -> None:
+    page.answer_length(4)
+    page.page.get_by_text("Is there a star?").click()
+    page.page.wait_for_selector("#window .bot.message")
+    page.wait_until_idle()
+    assert page.page.locator("#window .user img").count() == 1
+    assert page.answers == [expected(served, "Is there a star?", "b.png", tokens=4)]
+
+
 def test_stop_ends_the_generation_and_leaves_what_was_said(
     page: Any, served: Any, generating: Callable[[], bool], slow_model: None
 ) -> None:
