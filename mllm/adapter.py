@@ -18,14 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mllm.images import AspectRatio
+from mllm.lora import ADAPTER_NAME
 from mllm.quantization import Quantization
+from mllm.tower_fingerprint import record_tower
 from vision_moe.checkpoint import write_folder
 from vision_moe.files import weights_sha256, write_json
 
 # In front of the names of PEFT's files: its wrapper around the model.
 PREFIX = "base_model.model."
 INFO_FILE, CONFIG_FILE, WEIGHTS_FILE = "llava_adapter.json", "adapter_config.json", "adapter_model.safetensors"
-_ADAPTER_NAME = "default"
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ def save_adapter(
         processor: that the model was trained with.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parts = [part for part in ("multi_modal_projector", "vision_tower") if _any_below(f"model.{part}.", trained)]
+    parts = _trained_in_full(trained)
     whole = tuple(f"model.{part}." for part in parts)
     tensors = {
-        PREFIX + name.replace(f".{_ADAPTER_NAME}.", "."): tensor.detach().cpu().contiguous()
+        PREFIX + name.replace(f".{ADAPTER_NAME}.", "."): tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
         if name in trained or name.startswith(whole)
     }
-    config: LoraConfig = copy.deepcopy(model.peft_config[_ADAPTER_NAME])
+    config: LoraConfig = copy.deepcopy(model.peft_config[ADAPTER_NAME])
     config.base_model_name_or_path = info.base
     config.modules_to_save = parts or None
     config.inference_mode = True
@@ -135,9 +136,13 @@ def attach(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if differing:
         raise ValueError(f"{folder} does not fit its base model; only one of them has {sorted(differing)}")
     info = read_info(folder)
-    joined = wrapped.get_base_model() if getattr(model, "is_quantized", False) else wrapped.merge_and_unload()
+    is_quantized = getattr(model, "is_quantized", False)
+    joined = wrapped.get_base_model() if is_quantized else wrapped.merge_and_unload()
     joined.config.image_aspect_ratio = info.image_aspect_ratio
     joined.config.vision_tower_fingerprint = info.vision_tower_fingerprint
+    if not is_quantized:
+        # PEFT's merge rounds otherwise than ours.
+        record_tower(joined)
     return joined
 
 
@@ -148,5 +153,15 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], float]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config.lora_alpha / config.r
 
 
-def _any_below(prefix: str, names: set[str]) -> bool:
-    return any(name.startswith(prefix) for name in names)
+def _trained_in_full(trained: set[str]) -> list[str]:
+    """Modules of the inner model that hold all that trained without adapters: whole parts, or in a tower with adapters
+    the routers and experts."""
+    names = {name.removeprefix("model.") for name in trained}
+    inside = "vision_tower." if any(name.startswith("vision_tower.") and ".lora_" in name for name in names) else None
+    return sorted(
+        {
+            name.rpartition(".")[0] if inside and name.startswith(inside) else name.partition(".")[0]
+            for name in names
+            if ".lora_" not in name
+        }
+    )

@@ -1,6 +1,6 @@
 """Merges an adapter into its base model: `python -m mllm.merge --adapter DIR --out DIR`.
 
-W + (alpha / r) B A, added in float32 (Hu et al. 2021, arXiv:2106.09685, section 4.1). The adapter of a quantised base
+W + (alpha / r) B A, see `mllm.lora.merged_weight`. The adapter of a quantised base
 (QLoRA) goes into the base as it is on disk, not quantised: what few bits lost in training is back, so the merged model
 is close to the one that trained and not equal to it. The weights are read and written file by file: no model is built,
 and memory holds one file of them.
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mllm.adapter import CONFIG_FILE, INFO_FILE, WEIGHTS_FILE, find_base, load_tensors, read_info
+from mllm.lora import merged_weight
 from vision_moe.checkpoint import write_folder
 from vision_moe.config import parse
 from vision_moe.files import write_json
@@ -101,8 +102,7 @@ def _merged(name: str, weight: Tensor, updates: dict[str, Tensor], scale: float)
     stem = name.removesuffix(".weight")
     if stem + _DOWN not in updates:
         return weight
-    product = updates.pop(stem + _UP).float() @ updates.pop(stem + _DOWN).float()
-    return (weight.float() + scale * product).to(weight.dtype)
+    return merged_weight(weight, updates.pop(stem + _DOWN), updates.pop(stem + _UP), scale)
 
 
 def _copy_files(source: Path, folder: Path, skipped: set[str]) -> None:

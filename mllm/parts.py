@@ -38,7 +38,7 @@ def named_parts(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
 
 
 def set_trainable(model: PreTrainedModel, stage: StageConfig) -> dict[str, dict[str, int]]:
-    """Freezes and frees the parts as the stage says; adds adapters for llm: lora.
+    """Freezes and frees the parts as the stage says; adds adapters where it says lora.
 
     Returns:
         For each part that the model has the numbers of trained and of all parameters, ZeRO-3's partitioned ones counted
@@ -47,13 +47,13 @@ def set_trainable(model: PreTrainedModel, stage: StageConfig) -> dict[str, dict[
     Raises:
         ValueError: the stage wants to train routers or experts of a dense tower.
     """
-    if stage.llm == "lora":
-        add_lora(model, stage.lora)
+    if stage.has_lora:
+        add_lora(model, stage.lora, llm=stage.llm == "lora", tower=stage.tower == "lora")
     for part, parameters in named_parts(model).items():
         mode = stage.modes[part]
         if not parameters and part in ("routers", "experts") and getattr(stage, part) == "full":
             raise ValueError(f"{part} cannot train: the vision tower is dense; take a CLIP-MoE, or leave the field out")
-        # Under LoRA the language model is as add_lora left it.
+        # A part with adapters is as add_lora left it.
         for _, parameter in parameters if mode != "lora" else ():
             parameter.requires_grad_(mode == "full")
     return {

@@ -11,7 +11,7 @@ TrainMode = Literal["frozen", "full", "lora"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Low-rank adapters on every linear layer of the language model but its head."""
+    """Low-rank adapters: on the language model's linear layers but its head, on the tower's outside its mixtures."""
 
     r: int = 128
     """Rank."""
@@ -59,12 +59,12 @@ class StageConfig:
     """Conversation template of this stage; the recipe's template if None. "plain" drops the question."""
     image_aspect_ratio: Literal["square", "pad"] | None = None
     """How this stage's pictures become square; the recipe's image_aspect_ratio if None."""
-    tower: Literal["frozen", "full"] = "frozen"
-    """Vision tower: frozen, or all of its weights."""
+    tower: TrainMode = "frozen"
+    """Vision tower: frozen, all of its weights, or LoRA; lora not beside llm: full."""
     routers: Literal["frozen", "full"] | None = None
-    """Routers of the tower's experts; as the tower if None."""
+    """Routers of the tower's experts; as the tower if None, and frozen under LoRA."""
     experts: Literal["frozen", "full"] | None = None
-    """The tower's experts; as the tower if None."""
+    """The tower's experts; as the tower if None, and frozen under LoRA."""
     projector: Literal["frozen", "full"] = "full"
     """Projector: frozen, or all of its weights."""
     llm: TrainMode = "frozen"
@@ -80,7 +80,7 @@ class StageConfig:
     llm_lr: float = 2e-5
     """Peak learning rate of the language model or its adapters."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """Adapters for llm: lora."""
+    """Adapters for llm: lora and tower: lora."""
     quantization: Quantization | None = None
     """Bits that hold the language model's weights under llm: lora: 4bit is QLoRA's NF4, 8bit is LLM.int8(); not under
     ZeRO-3. The finished model is not quantised."""
@@ -118,6 +118,11 @@ class StageConfig:
             raise ValueError(f"a stage must train something, but {', '.join(self.modes)} are all frozen")
         if self.independent_turns and self.packing:
             raise ValueError("independent_turns and packing cannot be combined; switch one of them off")
+        if self.tower == "lora" and self.llm == "full":
+            raise ValueError(
+                "tower: lora beside llm: full would make an adapter that holds the whole language model; "
+                "take llm: lora, or tower: full"
+            )
         if self.quantization is not None and self.llm != "lora":
             raise ValueError(
                 f"quantised weights cannot train: quantization {self.quantization} needs llm: lora, "
@@ -132,13 +137,19 @@ class StageConfig:
     @property
     def modes(self) -> dict[str, TrainMode]:
         """How each part of `mllm.parts` trains."""
+        mixtures: TrainMode = "frozen" if self.tower == "lora" else self.tower
         return {
             "projector": self.projector,
             "llm": self.llm,
             "tower": self.tower,
-            "routers": self.routers or self.tower,
-            "experts": self.experts or self.tower,
+            "routers": self.routers or mixtures,
+            "experts": self.experts or mixtures,
         }
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the stage trains adapters, and so leaves one."""
+        return "lora" in self.modes.values()
 
     @property
     def learning_rates(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ from mllm.evaluation import TaskEvaluation
 from mllm.generate import Chat
 from mllm.images import set_aspect_ratio
 from mllm.llava_card import write_llava_card
+from mllm.lora import merged_state
 from mllm.merge import merge_adapter
 from mllm.model import LlavaMoEForConditionalGeneration
 from mllm.parts import set_trainable
@@ -98,7 +99,7 @@ class StageRunner:
         }
         self._save(trainer, stage, start, target)
         if is_main():
-            for written in (target, *([target.with_name("adapter")] if stage.llm == "lora" else [])):
+            for written in (target, *([target.with_name("adapter")] if stage.has_lora else [])):
                 write_llava_card(self.config, name, written, summary)
             write_json(folder / "stage.json", summary)
         barrier()
@@ -193,8 +194,10 @@ class StageRunner:
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
         aspect_ratio = stage.image_aspect_ratio or self.config.image_aspect_ratio
-        record_tower(model, state)
-        if stage.llm == "lora":
+        if stage.has_lora:
+            # The language model may be quantised; the tower never is.
+            tower = {name: tensor for name, tensor in state.items() if name.startswith("model.vision_tower.")}
+            record_tower(model, merged_state(tower, stage.lora.alpha / stage.lora.r))
             info = AdapterInfo(
                 base=str(start.resolve()),
                 base_fingerprint=weights_sha256(start),
@@ -205,6 +208,7 @@ class StageRunner:
             save_adapter(target.with_name("adapter"), model, state, info, self.processor)
             merge_adapter(target.with_name("adapter"), target)
             return
+        record_tower(model, state)
         # Gathered weights are copies, so save_pretrained would not see that the head is the embedding's.
         for tied in model.all_tied_weights_keys:
             state.pop(tied, None)

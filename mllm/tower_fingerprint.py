@@ -35,10 +35,15 @@ def record_tower(model: PreTrainedModel, state: Mapping[str, Tensor] | None = No
 
     Args:
         model: LLaVA.
-        state: its weights under its own names, where the model itself holds them in pieces (ZeRO-3).
+        state: its weights under their names without adapters, where the model itself holds them in pieces (ZeRO-3) or
+            beside adapters.
     """
-    weights = {_TOWER + name: parameter for name, parameter in model.model.vision_tower.named_parameters()}
-    setattr(model.config, FIELD, fingerprint((weights if state is None else state)[name] for name in weights))
+    tower = {
+        (_TOWER + name).replace(".base_layer.", "."): parameter
+        for name, parameter in model.model.vision_tower.named_parameters()
+        if ".lora_" not in name
+    }
+    setattr(model.config, FIELD, fingerprint((tower if state is None else state)[name] for name in tower))
 
 
 def check_tower(model: PreTrainedModel) -> None:

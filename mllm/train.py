@@ -74,7 +74,7 @@ def _run_stages(config: LlavaConfig) -> Path:
     for (name, stage), source, target in zip(stages, [start, *folders], folders, strict=False):
         runner.run(name, stage, source, target)
     # The adapter of a first stage with LoRA needs its base model.
-    if is_main() and stages[0][1].llm != "lora":
+    if is_main() and not stages[0][1].has_lora:
         shutil.rmtree(start, ignore_errors=True)
         shutil.rmtree(config.output / "vision", ignore_errors=True)
     barrier()

@@ -42,6 +42,6 @@ def training_arguments(config: LlavaConfig, stage: StageConfig, folder: Path, nu
         run_name=run_name(folder),
         disable_tqdm=not sys.stderr.isatty(),
         # A tower's last norm serves its class token, which LLaVA does not read.
-        ddp_find_unused_parameters="full" in (stage.modes[part] for part in ("tower", "routers", "experts")),
+        ddp_find_unused_parameters=any(stage.modes[part] != "frozen" for part in ("tower", "routers", "experts")),
         deepspeed=deepspeed_config(config.deepspeed),
     )

@@ -220,6 +220,33 @@ def test_trained_tower_is_part_of_the_adapter(make_config, tmp_path):
     assert all(torch.equal(joined[name], tensor) for name, tensor in merged.items() if "vision_tower" in name)
 
 
+@pytest.mark.parametrize("fields", [{"llm": "lora"}, {"llm": "frozen", "routers": "full"}], ids=["llm", "routers"])
+def test_tower_trains_adapters_outside_its_mixtures_and_is_merged(make_config, tmp_path, inputs, fields):
+    finetune = {"tower": "lora", "tower_lr": 3e-2, **fields}
+    config = make_config(tmp_path / "run", finetune=finetune)
+    merged = _weights(run(config))
+    base = _weights(config.output / "pretrain" / "model")
+    changed = {name for name in merged if not torch.equal(base[name], merged[name])}
+    in_tower = {name.removeprefix("model.vision_tower.") for name in changed if "vision_tower" in name}
+    # 1 block of 2 serves the language model: its attention's matrices and, where they train, its routers.
+    assert {name.split(".")[-2] for name in in_tower} == {"q_proj", "k_proj", "v_proj", "out_proj"} | (
+        {"router"} if "routers" in fields else set()
+    )
+    assert any("language_model" in name for name in changed) == (fields["llm"] == "lora")
+    # The merged folder and the adapter's are the same model, and both pass the tower's fingerprint.
+    joined, whole = (load_model(config.output / name, device="cpu") for name in ("adapter", "model"))
+    before = _logits(load_model(config.output / "pretrain" / "model", device="cpu"), inputs)
+    torch.testing.assert_close(_logits(joined, inputs), _logits(whole, inputs), rtol=1e-4, atol=1e-5)
+    assert (_logits(whole, inputs) - before).abs().max() > 1e-3
+    joined.save_pretrained(tmp_path / "again", save_original_format=False)
+    LlavaMoEForConditionalGeneration.from_pretrained(tmp_path / "again")
+
+
+def test_adapters_on_the_tower_alone_beside_a_whole_language_model_are_refused():
+    with pytest.raises(ValueError, match="take llm: lora, or tower: full"):
+        StageConfig(tower="lora", llm="full")
+
+
 def test_first_stage_with_lora_keeps_its_base(make_config, tmp_path, inputs):
     config = make_config(tmp_path / "run", finetune={"llm": "lora"})
     folder = run(replace(config, pretrain=replace(config.pretrain, enabled=False)))
