@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vision_moe.model.pretrained import MoEPreTrainedModel
+from vision_moe.moe.token_mean import ChunkMeans
+
 Batch = Mapping[str, Tensor]
 
 
@@ -32,11 +35,10 @@ def cached_step(
 ) -> tuple[Tensor, Tensor | None]:
     """One forward and backward over all chunks of a batch; gradients are added to the weights' `.grad`.
 
-    The loss is the contrastive loss of all chunks' embeddings (and, inside `contrastive`, of all ranks') plus
-    sum_c B_c / B aux_loss_c. For a model whose embedding of a pair does not depend on its batch this is the contrastive
-    loss of the plain step, to rounding, with the same gradients. The router losses and the capacity of a mixture are
-    those of each chunk, as they are of each micro-batch under gradient accumulation. Random numbers (dropout, router
-    noise, patch dropout) are the same in both forwards.
+    For a model whose embedding of a pair does not depend on its batch the loss, router losses included, is that of the
+    plain step, to rounding, with the same gradients: the router losses are functions of means over tokens, which the
+    first forwards count over all chunks (`vision_moe.moe.token_mean.ChunkMeans`). The capacity of a mixture is each
+    chunk's own. Random numbers (dropout, router noise, patch dropout) are the same in both forwards.
 
     Args:
         model: returns `image_embeds` and `text_embeds`, float[B_c, D], and perhaps `aux_loss`; may be wrapped in
@@ -50,10 +52,13 @@ def cached_step(
         float32 scalars: contrastive loss and aux loss, the latter None for a dense model.
     """
     replays, images, texts = [], [], []
+    means = ChunkMeans()
+    options = {"router_means": means} if isinstance(getattr(model, "module", model), MoEPreTrainedModel) else {}
     with torch.no_grad():
         for chunk in chunks:
             replays.append(_Replay(next(iter(chunk.values())).device))
-            outputs = model(**chunk)
+            means.next_chunk()
+            outputs = model(**chunk, **options)
             images.append(outputs.image_embeds)
             texts.append(outputs.text_embeds)
     leaves = [torch.cat(images), torch.cat(texts), *(parameter.detach() for parameter in temperature)]
@@ -62,7 +67,8 @@ def cached_step(
     loss = contrastive(*leaves)
     image_grad_BD, text_grad_BD, *temperature_grads = torch.autograd.grad(loss, leaves)
 
-    aux_losses, batch = [], len(image_grad_BD)
+    means.counted()
+    aux_loss = None
     chunk_grads = zip(
         image_grad_BD.split([len(image) for image in images]),
         text_grad_BD.split([len(text) for text in texts]),
@@ -71,19 +77,21 @@ def cached_step(
     for number, (chunk, replay, grads) in enumerate(zip(chunks, replays, chunk_grads, strict=True)):
         is_last = number == len(chunks) - 1
         with nullcontext() if is_last else _no_sync(model):
+            means.next_chunk()
             with replay.again():
-                outputs = model(**chunk)
+                outputs = model(**chunk, **options)
             observe(outputs)
             # Its gradient is the loss's, by the chain rule; its value means nothing.
             surrogate = (outputs.image_embeds * grads[0]).sum() + (outputs.text_embeds * grads[1]).sum()
-            if getattr(outputs, "aux_loss", None) is not None:
-                aux_losses.append(outputs.aux_loss * (len(grads[0]) / batch))
-                surrogate = surrogate + aux_losses[-1]
+            # The whole batch's, with the gradients of this chunk.
+            aux_loss = getattr(outputs, "aux_loss", None)
+            if aux_loss is not None:
+                surrogate = surrogate + aux_loss
             if is_last:
                 for parameter, grad in zip(temperature, temperature_grads, strict=True):
                     surrogate = surrogate + (parameter * grad).sum()
             surrogate.backward()
-    return loss.detach(), torch.stack(aux_losses).sum().detach() if aux_losses else None
+    return loss.detach(), None if aux_loss is None else aux_loss.detach()
 
 
 class _Replay:

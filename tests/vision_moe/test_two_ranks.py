@@ -148,9 +148,9 @@ def test_a_gradient_cache_on_two_ranks_gives_the_gradients_of_one_plain_step(inp
     loss = contrastive_loss(outputs.image_embeds, outputs.text_embeds, clip.logit_scale.exp())
     loss.backward()
     for found in results:
-        torch.testing.assert_close(found["cached-loss"], loss.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["cached-dense-contrastive"], loss.detach(), rtol=1e-5, atol=1e-6)
         for name, parameter in clip.named_parameters():
-            torch.testing.assert_close(found[f"cached-{name}"], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(found[f"cached-dense-{name}"], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_ranks_gather_in_order(results):
@@ -206,18 +206,20 @@ def assert_equal(name, found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6, msg=lambda what: f"{name}: {what}")
 
 
+@pytest.mark.parametrize("step", ["", "cached-"])
 @pytest.mark.parametrize("kind", ["clip_moe", "limoe"])
-def test_a_mixtures_losses_and_every_gradient_equal_those_of_one_process(inputs, results, model_folder, kind):
+def test_a_mixtures_losses_and_every_gradient_equal_those_of_one_process(inputs, results, model_folder, kind, step):
+    """With a gradient cache too, each rank's two pairs one after the other."""
     model = AutoModel.from_pretrained(model_folder / kind).train()
     outputs = model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")})
     loss = contrastive_loss(outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp())
     (loss + outputs.aux_loss).backward()
     assert outputs.aux_loss > 0.01
     for found in results:
-        torch.testing.assert_close(found[f"{kind}-contrastive"], loss.detach(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found[f"{kind}-aux"], outputs.aux_loss.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[f"{step}{kind}-contrastive"], loss.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[f"{step}{kind}-aux"], outputs.aux_loss.detach(), rtol=1e-5, atol=1e-6)
         for name, parameter in model.named_parameters():
-            assert_equal(name, found[f"{kind}-{name}"], parameter.grad)
+            assert_equal(name, found[f"{step}{kind}-{name}"], parameter.grad)
 
 
 def test_local_router_losses_are_those_of_each_ranks_own_tokens(inputs, results, model_folder):

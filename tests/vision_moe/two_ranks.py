@@ -1,6 +1,7 @@
 """Run by test_two_ranks.py twice, with RANK and WORLD_SIZE set: `python two_ranks.py DATA OUT MODEL`."""
 
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -128,18 +129,22 @@ def mixture_gradients(kind: str, model: PreTrainedModel, inputs: dict[str, torch
     return {f"{kind}-{name}": tensor for name, tensor in found.items()}
 
 
-def cached_gradients(model: CLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Loss and every gradient of a CLIP under DDP, this rank's two pairs one after the other."""
+def cached_gradients(
+    kind: str, model: PreTrainedModel, inputs: dict[str, torch.Tensor], names: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Losses and every gradient of a model under DDP, this rank's two pairs one after the other."""
     own = slice(rank() * 2, rank() * 2 + 2)
     wrapped = DistributedDataParallel(model.train())
-    loss, _ = cached_step(
+    loss, aux_loss = cached_step(
         wrapped,
-        split_batch({name: inputs[name][own] for name in ("input_ids", "pixel_values")}, 1),
+        split_batch({name: inputs[name][own] for name in names}, 1),
         lambda image_BD, text_BD, scale: contrastive_loss(image_BD, text_BD, scale.exp()),
         [model.logit_scale],
         lambda outputs: None,
     )
-    return {"cached-loss": loss, **{f"cached-{name}": p.grad for name, p in model.named_parameters()}}
+    found = {"contrastive": loss, **({} if aux_loss is None else {"aux": aux_loss})}
+    found |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {f"cached-{kind}-{name}": tensor for name, tensor in found.items()}
 
 
 class _StopAfterOneStep(TrainerCallback):
@@ -221,7 +226,10 @@ def main(data: Path, out: Path, model_folder: Path) -> None:
     found["ranks"] = gather(torch.tensor([rank()]))
     model, processor = CLIPModel.from_pretrained(model_folder), CLIPProcessor.from_pretrained(model_folder)
     found |= choice_biases(model, inputs)
-    found |= cached_gradients(CLIPModel.from_pretrained(model_folder), inputs)
+    found |= cached_gradients("dense", CLIPModel.from_pretrained(model_folder), inputs, ("input_ids", "pixel_values"))
+    for kind in ("clip_moe", "limoe"):
+        mixture = AutoModel.from_pretrained(model_folder / kind)
+        found |= cached_gradients(kind, mixture, inputs, ("input_ids", "attention_mask", "pixel_values"))
     for kind in ("clip_moe", "limoe", "local"):
         found |= mixture_gradients(kind, AutoModel.from_pretrained(model_folder / kind), inputs)
     found |= streamed(data / "stream", out, model_folder)

@@ -14,7 +14,7 @@ from vision_moe.model.configuration import CLIPMoETextConfig, CLIPMoEVisionConfi
 from vision_moe.model.configuration_limoe import LIMoEConfig
 from vision_moe.moe.layer import MoEMLP
 from vision_moe.moe.losses import AuxLossWeights, aux_loss, local_entropy_loss, share_logits
-from vision_moe.moe.token_mean import mean_of_process, mean_of_ranks
+from vision_moe.moe.token_mean import TokenMeans, means_of_step
 
 TowerConfig = CLIPMoEVisionConfig | CLIPMoETextConfig | LIMoEConfig
 LayerOutput = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -117,7 +117,11 @@ class CLIPMoEEncoder(nn.Module):
 
 
 def tower_aux_loss(
-    config: TowerConfig, encoded: EncoderOutput, mask_BS: Tensor | None, weights: AuxLossWeights | None = None
+    config: TowerConfig,
+    encoded: EncoderOutput,
+    mask_BS: Tensor | None,
+    weights: AuxLossWeights | None = None,
+    means: TokenMeans | None = None,
 ) -> Tensor:
     """Mean over the tower's MoE blocks of their weighted router losses (CLIP-MoE, eq. 9).
 
@@ -129,6 +133,7 @@ def tower_aux_loss(
         encoded: what its blocks returned.
         mask_BS: bool[B, S], False at padding; None = no padding.
         weights: coefficients; None = the config's `aux_loss_weights`.
+        means: over tokens, that the losses are functions of; None = `means_of_step`.
 
     Returns:
         float32 scalar, coefficients applied; 0 for a dense tower.
@@ -137,7 +142,8 @@ def tower_aux_loss(
         return torch.zeros((), device=encoded.last_hidden_state.device)
     mask_T = None if mask_BS is None else mask_BS.flatten()
     noisy_logits = encoded.noisy_logits or (None,) * len(encoded.router_logits)
-    is_local = config.local_router_losses or not encoded.router_logits[0].requires_grad
+    is_local = config.local_router_losses or (means is None and not encoded.router_logits[0].requires_grad)
+    mean = (means or means_of_step)(local=is_local)
     losses = [
         aux_loss(
             logits_BSE.flatten(0, 1),
@@ -147,7 +153,7 @@ def tower_aux_loss(
             noise_std=config.router_noise_std / config.num_experts,
             scoring_func=config.scoring_func,
             weights=config.aux_loss_weights if weights is None else weights,
-            mean=mean_of_process if is_local else mean_of_ranks,
+            mean=mean,
         )
         for logits_BSE, noisy_BSE in zip(encoded.router_logits, noisy_logits, strict=True)
     ]

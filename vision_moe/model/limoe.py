@@ -205,10 +205,11 @@ class LIMoEModel(CLIPMoEPreTrainedModel):
         wants_logits = self.config.output_router_logits if wants_logits is None else wants_logits
         if not (self.training or wants_logits):
             return outputs, None
-        aux_loss = tower_aux_loss(self.config, packed.encoded, mask_1T)
+        means = kwargs.get("router_means")
+        aux_loss = tower_aux_loss(self.config, packed.encoded, mask_1T, means=means)
         for stream, output, encoded in zip(streams, outputs, unpack_encoded(packed.encoded, shapes), strict=True):
             output.router_logits = encoded.router_logits if wants_logits else None
-            output.aux_loss = tower_aux_loss(self.config, encoded, stream.mask_BS, stream.losses)
+            output.aux_loss = tower_aux_loss(self.config, encoded, stream.mask_BS, stream.losses, means)
             output.tokens_per_expert, output.dropped_fraction = encoded.tokens_per_expert, encoded.dropped_fraction
             output.mean_gates, output.gate_entropy = gate_statistics(self.config, encoded, stream.mask_BS)
             aux_loss = aux_loss + output.aux_loss

@@ -66,7 +66,7 @@ class MoEPreTrainedModel(PreTrainedModel):
         if not (self.training or wants_logits):
             return {}
         return {
-            "aux_loss": tower_aux_loss(self.config, encoded, mask_BS),
+            "aux_loss": tower_aux_loss(self.config, encoded, mask_BS, means=kwargs.get("router_means")),
             "tokens_per_expert": encoded.tokens_per_expert,
             "dropped_fraction": encoded.dropped_fraction,
         }

@@ -1,10 +1,10 @@
-"""Means over tokens, which the router losses are functions of: of this process, or of all ranks.
+"""Means over tokens, which the router losses are functions of: of this process, of all ranks, or of a batch in chunks.
 
 T tokens of this process, X any shape.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,18 @@ from torch import Tensor
 
 # float[T, X] -> float[X]
 TokenMean = Callable[[Tensor], Tensor]
+
+
+class TokenMeans(Protocol):
+    """Picks the mean of a tower's losses."""
+
+    def __call__(self, *, local: bool) -> TokenMean:
+        """The mean, `local`: over this process's tokens and not those of all ranks."""
+
+
+def means_of_step(*, local: bool) -> TokenMean:
+    """The means of a step of one forward."""
+    return mean_of_process if local else mean_of_ranks
 
 
 def mean_of_process(x_TX: Tensor) -> Tensor:
@@ -25,11 +37,67 @@ def mean_of_ranks(x_TX: Tensor) -> Tensor:
     Gradients averaged over ranks, as DistributedDataParallel and DeepSpeed do, are those of one process that holds all
     tokens.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _num_ranks() == 1:
         return mean_of_process(x_TX)
-    count_1 = x_TX.new_full((1,), len(x_TX))
-    total: Tensor = _SumOfRanks.apply(torch.cat([x_TX.sum(dim=0).flatten(), count_1]))
+    total: Tensor = _SumOfRanks.apply(_sum_and_count(x_TX))
     return (total[:-1] / total[-1]).view(x_TX.shape[1:])
+
+
+class ChunkMeans:
+    """Means over the tokens of all chunks of a batch, for a step that runs each chunk twice.
+
+    While it counts, the first time, its means are of no use. Afterwards their values are those of the whole batch, and
+    their gradients those of the chunk at hand: summed over chunks, and averaged over ranks, those of the whole batch.
+    """
+
+    def __init__(self) -> None:
+        self._totals: list[Tensor] = []
+        self._local: list[bool] = []
+        self._call = 0
+        self._counts = True
+
+    def next_chunk(self) -> None:
+        """Comes before each chunk's forward, whose means come in the same order each time."""
+        self._call = 0
+
+    def counted(self) -> None:
+        """Ends the first time through; every rank must come here."""
+        self._counts = False
+        shared = [total for total, local in zip(self._totals, self._local, strict=True) if not local]
+        if _num_ranks() == 1 or not shared:
+            return
+        together = torch.cat(shared)
+        dist.all_reduce(together)
+        sums = iter(together.split([len(total) for total in shared]))
+        self._totals = [total if local else next(sums) for total, local in zip(self._totals, self._local, strict=True)]
+
+    def __call__(self, *, local: bool) -> TokenMean:
+        """See `TokenMeans`."""
+
+        def mean(x_TX: Tensor) -> Tensor:
+            own = _sum_and_count(x_TX)
+            number, self._call = self._call, self._call + 1
+            if self._counts:
+                if number == len(self._totals):
+                    self._totals.append(torch.zeros_like(own))
+                    self._local.append(local)
+                self._totals[number] += own.detach()
+                return mean_of_process(x_TX)
+            # Ranks' gradients will be averaged, where these are to be summed.
+            weight = 1 if local else _num_ranks()
+            total = self._totals[number]
+            return ((total + weight * (own - own.detach()))[:-1] / total[-1]).view(x_TX.shape[1:])
+
+        return mean
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _sum_and_count(x_TX: Tensor) -> Tensor:
+    """float[X + 1], flat."""
+    return torch.cat([x_TX.sum(dim=0).flatten(), x_TX.new_full((1,), len(x_TX))])
 
 
 class _SumOfRanks(torch.autograd.Function):

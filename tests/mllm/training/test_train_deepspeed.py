@@ -141,7 +141,7 @@ def test_published_recipes_with_adapters_run_their_smoke_form(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tower", ["frozen", "full"])
+@pytest.mark.parametrize("tower", ["frozen", "full", "lora"])
 def test_zero3_trains_lora_with_and_without_the_tower_in_bfloat16(unbroken, tower):
     config = unbroken("zero3", finetune={"llm": "lora", "tower": tower}, bf16=True)
     before = load_file(config.output / "pretrain" / "model" / "model.safetensors")

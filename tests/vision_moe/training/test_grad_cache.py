@@ -76,37 +76,70 @@ def test_a_dropless_mixture_without_router_losses_is_as_exact(make_family, famil
     assert_equal_gradients(got, expected)
 
 
-@pytest.fixture(params=["two towers", "one tower with capacity"])
-def noisy_mixture(request, make_family, make_limoe):
-    """A model in training mode that draws router noise and, in the first case, attention dropout."""
-    if request.param != "two towers":
-        losses = {"router_importance_loss_coef": 0.1, "router_load_loss_coef": 0.1}
-        return make_limoe(router_noise_std=2.0, capacity_factor=1.0, batch_priority=True, **losses).train()
-    fields = {"router_noise_std": 2.0, "router_load_loss_coef": 0.1, "router_aux_loss_coef": 0.1, "router_std": 1.0}
-    model = upcycle(make_family("clip"), num_experts=4, num_experts_per_tok=2, **fields).train()
+ALL_LOSSES = {
+    "router_aux_loss_coef": 0.1,
+    "router_z_loss_coef": 0.1,
+    "router_importance_loss_coef": 0.1,
+}
+
+
+@pytest.fixture(params=["two towers", "one tower with entropy losses"])
+def make_mixture(request, make_family, make_limoe):
+    """Makes a mixture with router losses, in training mode."""
+
+    def make(**fields):
+        if request.param == "two towers":
+            return upcycle(make_family("clip"), num_experts=4, num_experts_per_tok=2, router_std=1.0, **fields).train()
+        entropies = {"router_local_entropy_loss_coef": 0.1, "router_global_entropy_loss_coef": 0.1}
+        return make_limoe(**entropies, **fields).train()
+
+    return make
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_router_losses_are_those_of_the_whole_batch_with_all_gradients(make_mixture, family_batch, size):
+    """Their means over tokens are taken over all chunks, however unequal, before any product or square."""
+    model = make_mixture(**ALL_LOSSES)
+    outputs = model(**family_batch("clip"))
+    loss = info_nce(outputs.image_embeds, outputs.text_embeds, model.logit_scale)
+    (loss + outputs.aux_loss).backward()
+    expected = gradients(model)
+    got_loss, got_aux, got = cached(model, family_batch("clip"), size)
+    assert outputs.aux_loss > 0.1
+    torch.testing.assert_close(got_loss, loss.detach())
+    torch.testing.assert_close(got_aux, outputs.aux_loss.detach())
+    assert_equal_gradients(got, expected)
+
+
+def test_random_numbers_are_replayed_and_go_on_as_after_one_forward_of_each_chunk(make_family, family_batch):
+    fields = {"num_experts": 4, "num_experts_per_tok": 2, "router_std": 1.0, "router_aux_loss_coef": 0.0}
+    model = upcycle(make_family("clip"), router_noise_std=2.0, **fields).train()
     for tower in (model.vision_model, model.text_model):
         for layer in tower.encoder.layers:
             layer.self_attn.dropout = 0.2
-    return model
-
-
-def test_router_losses_are_the_chunks_weighted_mean_and_random_numbers_are_replayed(noisy_mixture, family_batch):
     chunks = split_batch(family_batch("clip"), 2)
     assert [len(chunk["input_ids"]) for chunk in chunks] == [2, 1]
     torch.manual_seed(1)
-    outputs = [noisy_mixture(**chunk) for chunk in chunks]
+    outputs = [model(**chunk) for chunk in chunks]
     image, text = (torch.cat([getattr(output, name) for output in outputs]) for name in ("image_embeds", "text_embeds"))
-    contrastive = info_nce(image, text, noisy_mixture.logit_scale)
-    aux = 2 / 3 * outputs[0].aux_loss + 1 / 3 * outputs[1].aux_loss
-    assert aux > 0
-    (contrastive + aux).backward()
-    expected, drawn = gradients(noisy_mixture), torch.rand(1)
+    info_nce(image, text, model.logit_scale).backward()
+    expected, drawn = gradients(model), torch.rand(1)
     torch.manual_seed(1)
-    got_loss, got_aux, got = cached(noisy_mixture, family_batch("clip"), 2)
-    # The random numbers go on as after one forward of each chunk.
+    _, _, got = cached(model, family_batch("clip"), 2)
     assert torch.equal(torch.rand(1), drawn)
-    torch.testing.assert_close(got_loss, contrastive.detach())
-    torch.testing.assert_close(got_aux, aux.detach())
+    assert_equal_gradients(got, expected)
+
+
+def test_one_chunk_is_the_plain_step_with_noise_and_load_loss(make_mixture, family_batch):
+    model = make_mixture(router_noise_std=2.0, router_load_loss_coef=0.1, **ALL_LOSSES)
+    torch.manual_seed(1)
+    outputs = model(**family_batch("clip"))
+    loss = info_nce(outputs.image_embeds, outputs.text_embeds, model.logit_scale)
+    (loss + outputs.aux_loss).backward()
+    expected = gradients(model)
+    torch.manual_seed(1)
+    _, got_aux, got = cached(model, family_batch("clip"), 3)
+    torch.testing.assert_close(got_aux, outputs.aux_loss.detach())
     assert_equal_gradients(got, expected)
 
 
