@@ -56,9 +56,17 @@ def expert_part(leaf: str, dense: Tensor, part: int, parts: int, scale: float) -
         part: number of the part, in [0, G).
         parts: G.
         scale: of the output.
+
+    Returns:
+        a tensor that may share its memory with `dense`.
     """
     if "up_proj" in leaf:
         return dense.chunk(parts, dim=0)[part]
     if leaf.endswith("bias"):
-        return dense * scale
-    return dense.chunk(parts, dim=1)[part] * (scale * parts)
+        return _scaled(dense, scale)
+    return _scaled(dense.chunk(parts, dim=1)[part], scale * parts)
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    # A product with 1 would be a copy, of all the experts' weights.
+    return tensor if scale == 1 else tensor * scale
