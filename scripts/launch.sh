@@ -21,6 +21,8 @@ fi
 # Ranks on one processor share its cores; without a limit each would start a thread for every core.
 cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)))')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( cores > NPROC ? cores / NPROC : 1 ))}
+# After Ctrl-C torchrun kills what has not ended in 30 seconds; a step and its checkpoint may take longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
 where=(--standalone)
 if [ "$NNODES" != 1 ]; then
     for name in NODE_RANK MASTER_ADDR; do

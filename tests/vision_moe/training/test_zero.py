@@ -1,8 +1,11 @@
 """DeepSpeed around the stages of an encoder: ZeRO on two ranks trains what one plain process trains."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +50,41 @@ def test_two_ranks_train_what_one_process_trains(flags, tmp_path, zero):
             # Adam makes whole steps of the rounding of a gradient near 0, so single entries may differ.
             is_other = (found[name] - tensor).abs() > 1e-2 * tensor.abs().max() + 1e-4
             assert is_other.float().mean() <= 0.03, (stage, name)
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_the_launcher_leaves_a_checkpoint_from_which_two_ranks_go_on(flags, tmp_path):
+    """The signal goes to the launcher's process group, as a terminal sends it; the weights end as without it."""
+    pytest.importorskip("deepspeed")
+    checkout = Path(__file__).resolve().parents[3]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment |= {"NPROC": "2", "VISION_MOE_PYTHON": sys.executable}
+
+    def command(name):
+        more = ["--deepspeed", "zero2", "--methods", "[dense]", "--dense.samples", "512", "--global_batch_size", "8"]
+        return ["bash", str(checkout / "scripts" / "launch.sh"), "vision_moe.train", *flags(tmp_path / name, *more)]
+
+    def weights(name):
+        return load_file(tmp_path / name / "dense" / "model" / "model.safetensors")
+
+    start = {"cwd": checkout, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command("stopped"), start_new_session=True, **start)
+    metrics, deadline = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and '"loss"' in metrics.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "the same command, started again, goes on from there" in output
+    assert not (tmp_path / "stopped" / "dense" / "stage.json").exists()
+    assert list((tmp_path / "stopped" / "dense" / "checkpoints").glob("checkpoint-*"))
+    for name in ("stopped", "unbroken"):
+        done = subprocess.run(command(name), **start)
+        assert done.returncode == 0, done.stdout[-3000:]
+    found, expected = weights("stopped"), weights("unbroken")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_settings_are_those_of_the_stage_or_of_a_file(tmp_path, monkeypatch):
