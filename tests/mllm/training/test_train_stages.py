@@ -101,9 +101,9 @@ def test_log_names_trained_parts_with_counts_and_the_derived_accumulation(make_c
     [
         ("pretrain", "full", None),
         ("finetune", "full", None),
-        ("finetune", "lora", None),
+        pytest.param("finetune", "lora", None, marks=pytest.mark.slow),
         ("finetune", "lora", "4bit"),
-        ("finetune", "lora", "8bit"),
+        pytest.param("finetune", "lora", "8bit", marks=pytest.mark.slow),
     ],
 )
 def test_killed_run_ends_with_the_same_files_and_weights_as_an_unbroken_one(
