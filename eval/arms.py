@@ -4,8 +4,10 @@ A run is `python -m vision_moe.train` in a folder of its own, so that an interru
 """
 
 import logging
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +57,9 @@ class ArmRun:
         return [self.folder(output) / stage / "model" for stage in stages]
 
 
-def train(run: ArmRun, recipe: Path, flags: list[str], data: Path, output: Path, num_processes: int) -> None:
+def train(
+    run: ArmRun, recipe: Path, flags: list[str], data: Path, output: Path, num_processes: int, gpus: Sequence[str]
+) -> None:
     """Runs an arm to its end; one that has ended is left alone.
 
     Args:
@@ -65,6 +69,7 @@ def train(run: ArmRun, recipe: Path, flags: list[str], data: Path, output: Path,
         data: as --data.train.
         output: folder of the experiment.
         num_processes: of the training.
+        gpus: as `run_trainer`.
 
     Raises:
         RuntimeError: as `run_trainer`.
@@ -75,11 +80,18 @@ def train(run: ArmRun, recipe: Path, flags: list[str], data: Path, output: Path,
     asked = [*flags, *run.arm.flags, "--data.train", str(data), "--output", str(folder), "--seed", str(run.seed)]
     # What is measured is the experiment's matter.
     asked += [f"--{run.arm.learning_rate}", str(run.learning_rate), "--report", "false"]
-    run_trainer("vision_moe.train", [str(recipe), *asked], folder, num_processes)
+    run_trainer("vision_moe.train", [str(recipe), *asked], folder, num_processes, gpus)
 
 
-def run_trainer(module: str, arguments: list[str], folder: Path, num_processes: int) -> None:
+def run_trainer(module: str, arguments: list[str], folder: Path, num_processes: int, gpus: Sequence[str]) -> None:
     """Runs `python -m module arguments`, by torchrun if there is more than one process.
+
+    Args:
+        module: to run.
+        arguments: its.
+        folder: of the run.
+        num_processes: that train.
+        gpus: the GPUs that they see, as in CUDA_VISIBLE_DEVICES; none on a machine without GPUs.
 
     Raises:
         RuntimeError: the training failed; its output stands in `train.log` of `folder`.
@@ -88,7 +100,8 @@ def run_trainer(module: str, arguments: list[str], folder: Path, num_processes: 
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", module, *arguments]
     logger.info("%s", " ".join(command))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     with (folder / "train.log").open("a", encoding="utf-8") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    if status:
-        raise RuntimeError(f"the run {folder} ended with status {status}; see {folder / 'train.log'}")
+        ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"the run {folder} ended with status {ended.returncode}; see {folder / 'train.log'}")

@@ -16,6 +16,7 @@ from typing import Any
 from eval.arm_scores import Encoders, Hits, MeasureConfig, any_of, cached, load_all, measure, part_names, soup
 from eval.arms import ArmConfig, ArmRun, train
 from eval.experiment_report import render, summarize
+from eval.parallel_runs import train_all
 from vision_moe.config import parse
 from vision_moe.files import write_json, write_text
 from vision_moe.interruption import says_how_to_go_on
@@ -54,6 +55,8 @@ class ExperimentConfig:
     """The first is the sweep's."""
     num_processes: int = 1
     """Processes of each training run."""
+    parallel_runs: int = 1
+    """Training runs at a time; each has its own `num_processes` GPUs as long as the machine has enough."""
     bf16: bool = False
     """Measure under bfloat16 autocast, as the recipes do at their end."""
 
@@ -80,14 +83,15 @@ def main() -> None:
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
     """Trains and measures every arm; writes and returns `results.json`."""
+    _train(config, [run for name in config.arms for run in _sweep(config, name)])
     rates = {name: _best_rate(config, name) for name in config.arms}
+    runs = {name: [ArmRun(name, arm, rates[name], seed) for seed in config.seeds] for name, arm in config.arms.items()}
+    _train(config, [run for of_arm in runs.values() for run in of_arm])
     rows: dict[str, dict[str, list[Hits]]] = {}
-    for name, arm in config.arms.items():
-        for seed in config.seeds:
-            done = _trained(config, ArmRun(name, arm, rates[name], seed))
-            for row, found in _rows(config, done).items():
-                for measured, hits in found.items():
-                    rows.setdefault(row, {}).setdefault(measured, []).append(hits)
+    for done in (run for of_arm in runs.values() for run in of_arm):
+        for row, found in _rows(config, done).items():
+            for measured, hits in found.items():
+                rows.setdefault(row, {}).setdefault(measured, []).append(hits)
     results = {
         "learning_rates": rates,
         "seeds": config.seeds,
@@ -106,20 +110,28 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     return results
 
 
-def _trained(config: ExperimentConfig, run: ArmRun) -> ArmRun:
-    train(run, config.recipe, config.flags, config.train, config.output, config.num_processes)
-    return run
+def _train(config: ExperimentConfig, runs: list[ArmRun]) -> None:
+    def one(run: ArmRun, gpus: list[str]) -> None:
+        train(run, config.recipe, config.flags, config.train, config.output, config.num_processes, gpus)
+
+    train_all(one, runs, config.parallel_runs, config.num_processes)
+
+
+def _sweep(config: ExperimentConfig, name: str) -> list[ArmRun]:
+    """The arm's runs on the first seed, by rising learning rate."""
+    arm = config.arms[name]
+    return [ArmRun(name, arm, rate, config.seeds[0]) for rate in sorted(arm.learning_rates)]
 
 
 def _best_rate(config: ExperimentConfig, name: str) -> float:
     """The learning rate whose model scores best on the selecting measure; the smaller one on a tie."""
-    arm, seed = config.arms[name], config.seeds[0]
-    if len(arm.learning_rates) == 1:
-        return arm.learning_rates[0]
-    scores = {}
-    for rate in sorted(arm.learning_rates):
-        done = _trained(config, ArmRun(name, arm, rate, seed))
-        scores[rate] = _measured(config, done, "result", config.select, [done.model(config.output)]).score
+    runs = _sweep(config, name)
+    if len(runs) == 1:
+        return runs[0].learning_rate
+    scores = {
+        run.learning_rate: _measured(config, run, "result", config.select, [run.model(config.output)]).score
+        for run in runs
+    }
     best = max(scores, key=lambda rate: (scores[rate], -rate))
     logger.info("%s: %s by learning rate %s; best %g", name, config.select, scores, best)
     if best in (min(scores), max(scores)):

@@ -11,7 +11,7 @@ Started again, it goes on where it stopped.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from eval.arm_scores import Hits, cached, summary
 from eval.arms import run_trainer
+from eval.parallel_runs import train_all
 from eval.tables import table
 from eval.yes_no import YesNoConfig, ask
 from mllm.caption_loss import CaptionLossConfig, sample_losses
@@ -32,7 +33,7 @@ from vision_moe.tracking import environment, setup_logging
 logger = logging.getLogger(__name__)
 
 # Fields that may differ between an experiment and its continuation.
-_FREE_FIELDS = ("seeds", "num_processes")
+_FREE_FIELDS = ("seeds", "num_processes", "parallel_runs")
 _LOSS, _BLANK, _MATCHING = "caption loss", "caption loss, blank photo", "matching"
 
 
@@ -66,6 +67,8 @@ class TowerExperimentConfig:
     """One run of each tower for each."""
     num_processes: int = 1
     """Processes of each training run."""
+    parallel_runs: int = 1
+    """Training runs at a time; each has its own `num_processes` GPUs as long as the machine has enough."""
     flags: list[str] = field(default_factory=list)
     """Further flags of mllm.train for all runs."""
 
@@ -100,14 +103,13 @@ def run(config: TowerExperimentConfig) -> dict[str, Any]:
                     data=config.data, out=_dialogues(config, split), split=split, limit=limit, matching=config.questions
                 )
             )
-    found: dict[str, dict[str, list[Hits]]] = {name: {} for name in config.towers}
     # Seed by seed: what an interrupted experiment has, it has of all towers.
-    for seed in config.seeds:
-        for name, tower in config.towers.items():
-            folder = config.output / "runs" / f"{name}-seed{seed}"
-            _train(config, tower, seed, folder)
-            for measured, hits in _measure(config, folder).items():
-                found[name].setdefault(measured, []).append(hits)
+    runs = [(name, seed) for seed in config.seeds for name in config.towers]
+    train_all(partial(_train, config), runs, config.parallel_runs, config.num_processes)
+    found: dict[str, dict[str, list[Hits]]] = {name: {} for name in config.towers}
+    for name, seed in runs:
+        for measured, hits in _measure(config, _folder(config, name, seed)).items():
+            found[name].setdefault(measured, []).append(hits)
     results = {
         "seeds": config.seeds,
         "baseline": config.baseline,
@@ -150,14 +152,20 @@ def _dialogues(config: TowerExperimentConfig, split: str) -> Path:
     return config.output / "dialogues" / split
 
 
-def _train(config: TowerExperimentConfig, tower: str, seed: int, folder: Path) -> None:
+def _folder(config: TowerExperimentConfig, tower: str, seed: int) -> Path:
+    return config.output / "runs" / f"{tower}-seed{seed}"
+
+
+def _train(config: TowerExperimentConfig, run: tuple[str, int], gpus: list[str]) -> None:
+    name, seed = run
+    folder = _folder(config, name, seed)
     if is_finished(folder / "finetune"):
         return
     data = _dialogues(config, config.split)
-    flags = ["--vision", tower, "--output", str(folder), "--seed", str(seed), "--image_folder", str(data / "images")]
-    flags += ["--pretrain.data", str(data / "llava_pretrain.json")]
+    flags = ["--vision", config.towers[name], "--output", str(folder), "--seed", str(seed)]
+    flags += ["--image_folder", str(data / "images"), "--pretrain.data", str(data / "llava_pretrain.json")]
     flags += ["--finetune.data", str(data / "llava_mixed.json"), *config.flags]
-    run_trainer("mllm.train", [str(config.recipe), *flags], folder, config.num_processes)
+    run_trainer("mllm.train", [str(config.recipe), *flags], folder, config.num_processes, gpus)
 
 
 def _measure(config: TowerExperimentConfig, folder: Path) -> dict[str, Hits]:
