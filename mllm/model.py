@@ -16,7 +16,9 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 # Importing it registers CLIP-MoE with transformers, or a saved vision_config would be of unknown type.
 import vision_moe.model  # noqa: F401
 from mllm.loss import supervised_loss
+from mllm.router_step import RouterStep
 from mllm.tower_fingerprint import check_tower
+from vision_moe.distributed import world_size
 
 
 @dataclass
@@ -62,6 +64,7 @@ class LlavaMoEForConditionalGeneration(LlavaForConditionalGeneration):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        router_step: RouterStep | None = None,
         **kwargs: Any,
     ) -> LlavaMoEOutput | LlavaCausalLMOutputWithPast:
         """One batch of B samples.
@@ -74,6 +77,7 @@ class LlavaMoEForConditionalGeneration(LlavaForConditionalGeneration):
             labels: int64[B, S], -100 where nothing is supervised.
             num_items_in_batch: supervised tokens of the whole step, as transformers' Trainer counts them; None = of
                 this batch.
+            router_step: for the router losses of the whole step (`mllm.router_step`); None = of this batch.
             **kwargs: as in `LlavaForConditionalGeneration.forward`.
         """
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
@@ -81,7 +85,7 @@ class LlavaMoEForConditionalGeneration(LlavaForConditionalGeneration):
             if labels is not None and num_items_in_batch is not None:
                 inputs["num_items_in_batch"] = num_items_in_batch
             return super().forward(input_ids=input_ids, pixel_values=pixel_values, labels=labels, **inputs)
-        return self._forward_training(input_ids, pixel_values, labels, num_items_in_batch, inputs)
+        return self._forward_training(input_ids, pixel_values, labels, num_items_in_batch, router_step, inputs)
 
     def _forward_training(
         self,
@@ -89,10 +93,10 @@ class LlavaMoEForConditionalGeneration(LlavaForConditionalGeneration):
         pixel_values: Tensor | None,
         labels: Tensor,
         num_items: Tensor | int | None,
+        router_step: RouterStep | None,
         inputs: dict[str, Any],
     ) -> LlavaMoEOutput:
-        seen = pixel_values if pixel_values is not None else self._blank_picture()
-        images = self.model.get_image_features(pixel_values=seen, return_dict=True)
+        images = self._image_features(self.blank_picture() if pixel_values is None else pixel_values, router_step)
         if pixel_values is None:
             # No rows of a blank picture go into the text, yet every rank runs tower and projector and has gradients for
             # them, and through the first layer for the text even if all else before it is frozen, as under LoRA: ranks
@@ -101,13 +105,18 @@ class LlavaMoEForConditionalGeneration(LlavaForConditionalGeneration):
         inputs["mm_encoder_outputs"] = {"image": images}
         outputs = self.model(input_ids=input_ids, **{**inputs, "return_dict": True, "use_cache": False})
         loss, num_supervised = supervised_loss(outputs.last_hidden_state, labels, self.lm_head, num_items)
-        aux_loss = self._tower_aux_loss(images)
-        if pixel_values is None and aux_loss is not None:
-            loss, aux_loss = loss + 0.0 * aux_loss, None
-        elif aux_loss is not None:
+        aux_loss = images.aux_loss if self.has_router_losses else None
+        if aux_loss is not None:
             # The Trainer sums the losses of a step's micro batches: shares that sum to 1 make the aux losses a mean.
             share = 1.0 if num_items is None else num_supervised / num_items
-            loss = loss + share * aux_loss
+            if pixel_values is None:
+                loss, aux_loss = loss + 0.0 * aux_loss, None
+            elif router_step is None:
+                loss = loss + share * aux_loss
+            else:
+                # Its gradients are this batch's share of the step's already, and the Trainer counts each rank in full.
+                own = (aux_loss - aux_loss.detach()) / (1 if num_items is None else world_size())
+                loss = loss + share * aux_loss.detach() + own
         return LlavaMoEOutput(
             loss=loss,
             hidden_states=outputs.hidden_states,
@@ -116,14 +125,24 @@ class LlavaMoEForConditionalGeneration(LlavaForConditionalGeneration):
             aux_loss=None if aux_loss is None else aux_loss.detach(),
         )
 
-    def _blank_picture(self) -> Tensor:
+    def blank_picture(self) -> Tensor:
+        """float[1, 3, H, W], what the tower runs on where there is text alone."""
         config, tower = self.config.vision_config, self.model.vision_tower
         shape = (1, config.num_channels, config.image_size, config.image_size)
         return torch.zeros(shape, dtype=tower.dtype, device=tower.device)
 
-    def _tower_aux_loss(self, images: BaseModelOutputWithPooling) -> Tensor | None:
-        has_experts = bool(getattr(self.config.vision_config, "moe_block_indices", ()))
-        return images.aux_loss if has_experts and self._tower_trains() else None
+    @property
+    def has_router_losses(self) -> bool:
+        """Whether the tower is a mixture that trains."""
+        return bool(getattr(self.config.vision_config, "moe_block_indices", ())) and self._tower_trains()
+
+    def _image_features(self, pixel_values: Tensor, router_step: RouterStep | None) -> BaseModelOutputWithPooling:
+        if router_step is None:
+            return self.model.get_image_features(pixel_values=pixel_values, return_dict=True)
+        with router_step.tower_forward():
+            return self.model.get_image_features(
+                pixel_values=pixel_values, return_dict=True, router_means=router_step.means
+            )
 
     def _tower_trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.model.vision_tower.parameters())

@@ -65,6 +65,9 @@ class StageConfig:
     """Routers of the tower's experts; as the tower if None, and frozen under LoRA."""
     experts: Literal["frozen", "full"] | None = None
     """The tower's experts; as the tower if None, and frozen under LoRA."""
+    step_router_losses: bool = True
+    """Router losses of an unfrozen CLIP-MoE tower over the pictures of the whole step, on all ranks and in all micro
+    batches, for one more forward of the tower without gradients; false takes each micro batch's own."""
     projector: Literal["frozen", "full"] = "full"
     """Projector: frozen, or all of its weights."""
     llm: TrainMode = "frozen"

@@ -155,6 +155,7 @@ class StageRunner:
             data_collator=training_collator(stage, self.config, self.processor.tokenizer.pad_token_id),
             batch_sampler=sampler,
             learning_rates=stage.learning_rates,
+            step_router_losses=stage.step_router_losses,
             callbacks=[
                 MetricsCallback(self.config.output, name),
                 *tracker_callbacks(self.config.report_to, self.config.output / name),

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from mllm.loss_watch import LossWatch
 from mllm.parts import named_parts
+from mllm.router_step import router_steps
 from mllm.sampler import DialogueBatchSampler
 from mllm.training_batch import BatchTally
-from vision_moe.distributed import is_main
+from vision_moe.distributed import is_main, world_size
 from vision_moe.sampled_trainer import SampledTrainer
 
 logger = logging.getLogger(__name__)
@@ -27,15 +28,22 @@ class LlavaTrainer(SampledTrainer):
     Args:
         batch_sampler: yields this rank's indices for each forward.
         learning_rates: peak learning rate by part (`mllm.parts.PARTS`).
+        step_router_losses: an unfrozen CLIP-MoE tower's router losses are those of the whole step (`mllm.router_step`).
     """
 
     optimizer: Optimizer | None
 
     def __init__(
-        self, *args: Any, batch_sampler: DialogueBatchSampler, learning_rates: Mapping[str, float], **kwargs: Any
+        self,
+        *args: Any,
+        batch_sampler: DialogueBatchSampler,
+        learning_rates: Mapping[str, float],
+        step_router_losses: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, batch_sampler=batch_sampler, **kwargs)
         self.learning_rates = learning_rates
+        self.step_router_losses = step_router_losses
         self._aux_losses: list[Tensor] = []
         self._tally = BatchTally(self.args.device)
         self._loss_watch = LossWatch(batch_sampler, self.train_dataset)
@@ -47,6 +55,19 @@ class LlavaTrainer(SampledTrainer):
             optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_cls(self._parameter_groups(model), **options)
         return self.optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """The micro batches of a step, with what their router losses need of each other."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.step_router_losses and model.has_router_losses and (len(batches) > 1 or world_size() > 1):
+            model.train()
+            with self.accelerator.autocast():
+                steps = router_steps(
+                    model.model.vision_tower, [batch.get("pixel_values") for batch in batches], model.blank_picture()
+                )
+            batches = [{**batch, "router_step": step} for batch, step in zip(batches, steps, strict=True)]
+        return batches, num_items
 
     def compute_loss(
         self,

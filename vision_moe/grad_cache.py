@@ -6,8 +6,8 @@ embedded again, with a graph, to send its share of it on to the weights.
 B pairs of this rank, D embedding dim.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vision_moe.model.pretrained import MoEPreTrainedModel
 from vision_moe.moe.token_mean import ChunkMeans
+from vision_moe.replay import Replay
 
 Batch = Mapping[str, Tensor]
 
@@ -56,7 +57,7 @@ def cached_step(
     options = {"router_means": means} if isinstance(getattr(model, "module", model), MoEPreTrainedModel) else {}
     with torch.no_grad():
         for chunk in chunks:
-            replays.append(_Replay(next(iter(chunk.values())).device))
+            replays.append(Replay(next(iter(chunk.values())).device))
             means.next_chunk()
             outputs = model(**chunk, **options)
             images.append(outputs.image_embeds)
@@ -92,24 +93,6 @@ def cached_step(
                     surrogate = surrogate + (parameter * grad).sum()
             surrogate.backward()
     return loss.detach(), None if aux_loss is None else aux_loss.detach()
-
-
-class _Replay:
-    """The state of the random numbers now, to draw the same again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.devices = [device] if device.type == "cuda" else []
-        self.cpu_state = torch.get_rng_state()
-        self.cuda_states = [torch.cuda.get_rng_state(device) for device in self.devices]
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draws what was drawn from that state on; afterwards the random numbers go on as if nothing had been drawn."""
-        with torch.random.fork_rng(devices=self.devices):
-            torch.set_rng_state(self.cpu_state)
-            for device, state in zip(self.devices, self.cuda_states, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield
 
 
 def _no_sync(model: nn.Module) -> Any:

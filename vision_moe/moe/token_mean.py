@@ -55,10 +55,17 @@ class ChunkMeans:
         self._local: list[bool] = []
         self._call = 0
         self._counts = True
+        self._is_empty = False
 
-    def next_chunk(self) -> None:
-        """Comes before each chunk's forward, whose means come in the same order each time."""
+    def next_chunk(self, *, is_empty: bool = False) -> None:
+        """Comes before each chunk's forward, whose means come in the same order each time.
+
+        Args:
+            is_empty: the tokens of this forward do not count, its means are its own and shall not be used; it is run
+                so that ranks do alike.
+        """
         self._call = 0
+        self._is_empty = is_empty
 
     def counted(self) -> None:
         """Ends the first time through; every rank must come here."""
@@ -81,7 +88,9 @@ class ChunkMeans:
                 if number == len(self._totals):
                     self._totals.append(torch.zeros_like(own))
                     self._local.append(local)
-                self._totals[number] += own.detach()
+                if not self._is_empty:
+                    self._totals[number] += own.detach()
+            if self._counts or self._is_empty:
                 return mean_of_process(x_TX)
             # Ranks' gradients will be averaged, where these are to be summed.
             weight = 1 if local else _num_ranks()

@@ -25,7 +25,9 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("parts")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tower = CLIPMoEVisionConfig(**sizes, image_size=32, patch_size=16, num_experts=4, num_experts_per_tok=2)
+    tower = CLIPMoEVisionConfig(
+        **sizes, image_size=32, patch_size=16, num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5
+    )
     CLIPMoEVisionModel(tower).save_pretrained(folder / "tower")
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
         folder / "tower"

@@ -93,7 +93,9 @@ def test_zero2_on_two_ranks_equals_one_process_and_survives_kill_9_in_each_stage
 
 
 def test_zero3_on_two_ranks_equals_one_process(unbroken, make_config, tmp_path):
-    _assert_equals_one_process(unbroken("zero3"), make_config, tmp_path)
+    """With a tower that trains, whose router losses are those of both ranks' pictures."""
+    tuning = {"tower": "full", "tower_lr": 1e-3}
+    _assert_equals_one_process(unbroken("zero3", finetune=tuning), make_config, tmp_path, finetune=tuning)
     # Its preflight put the weights together, and took them apart again.
     log = (tmp_path / "zero3.log").read_text()
     assert log.count("preflight: forward and backward are as they must be") >= 2
@@ -156,8 +158,8 @@ def _losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
-def _assert_equals_one_process(config, make_config, tmp_path: Path) -> None:
-    plain = run(make_config(tmp_path / "plain"))
+def _assert_equals_one_process(config, make_config, tmp_path: Path, **fields) -> None:
+    plain = run(make_config(tmp_path / "plain", **fields))
     losses, expected_losses = _losses(config.output), _losses(tmp_path / "plain")
     assert len(losses) == len(expected_losses) == 6
     assert losses == pytest.approx(expected_losses, rel=1e-3)

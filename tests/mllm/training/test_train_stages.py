@@ -156,8 +156,10 @@ def test_finished_run_trains_nothing_again(make_config, tmp_path, monkeypatch):
     assert all(torch.equal(before[name], tensor) for name, tensor in _weights(model).items())
 
 
-def test_accumulation_does_not_change_the_result(make_config, tmp_path):
-    config = make_config(tmp_path / "two")
+@pytest.mark.parametrize("tower", ["frozen", "full"])
+def test_accumulation_does_not_change_the_result(make_config, tmp_path, tower):
+    """Nor with router losses, one of whose micro batches is text alone."""
+    config = make_config(tmp_path / "two", finetune={"tower": tower, "tower_lr": 1e-3})
     whole = replace(
         config,
         output=tmp_path / "one",
