@@ -44,8 +44,9 @@ from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folde
 from vision_moe.config import parse, write_yaml
 from vision_moe.files import write_json
 from vision_moe.interruption import says_how_to_go_on, stops_after_a_step
+from vision_moe.metrics_callback import MetricsCallback
 from vision_moe.muon import MuonAdamW
-from vision_moe.tracking import MetricsCallback, setup_logging, write_environment
+from vision_moe.tracking import setup_logging, write_environment
 
 logger = logging.getLogger(__name__)
 

@@ -39,8 +39,8 @@ from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folde
 from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.files import weights_sha256, write_json
 from vision_moe.interruption import stops_after_a_step
+from vision_moe.metrics_callback import MetricsCallback
 from vision_moe.trackers import tracker_callbacks
-from vision_moe.tracking import MetricsCallback
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from vision_moe.distributed import barrier, is_main, rank, world_size
 from vision_moe.encoder_card import write_encoder_card
 from vision_moe.factors import factor_accuracy
 from vision_moe.files import write_json, write_text
+from vision_moe.metrics import read_metrics
 from vision_moe.modality_routing import modality_table
 from vision_moe.model import LIMoEModel
 from vision_moe.recipe import TrainConfig
 from vision_moe.retrieval import retrieval
 from vision_moe.stages import finished_stages
-from vision_moe.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
 

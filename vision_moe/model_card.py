@@ -11,7 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vision_moe.files import write_text
-from vision_moe.tracking import environment, read_metrics
+from vision_moe.metrics import read_metrics
+from vision_moe.tracking import environment
 from vision_moe.version import __version__
 
 

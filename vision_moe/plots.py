@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vision_moe.files import replacing
-from vision_moe.tracking import read_metrics
+from vision_moe.metrics import read_metrics
 
 # Okabe and Ito's colors (2008), distinguishable with any common form of color blindness.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")

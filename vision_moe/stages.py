@@ -26,6 +26,7 @@ from vision_moe.encoder_card import write_encoder_card
 from vision_moe.files import write_json
 from vision_moe.freeze import set_trainable
 from vision_moe.interruption import stops_after_a_step
+from vision_moe.metrics_callback import MetricsCallback
 from vision_moe.model.families import ENCODER_BY_TYPE, text_padding
 from vision_moe.muon import MuonAdamW
 from vision_moe.patch_dropout import PatchDropoutCallback
@@ -33,7 +34,6 @@ from vision_moe.recipe import TrainConfig
 from vision_moe.router_bias import RouterBiasCallback
 from vision_moe.stage_recipe import StageConfig
 from vision_moe.trackers import tracker_callbacks
-from vision_moe.tracking import MetricsCallback
 from vision_moe.trainer import ContrastiveTrainer, training_arguments
 from vision_moe.training_data import TrainingData
 from vision_moe.zero import gathered_state, scalars_as_vectors

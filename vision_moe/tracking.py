@@ -1,21 +1,18 @@
-"""What every training run leaves in its folder: config.yaml, environment.json and metrics.jsonl."""
+"""Logging of an entry point, and the environment that every training run notes in its folder."""
 
 import importlib.metadata
-import json
 import logging
 import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from vision_moe.files import write_json, write_text
+from vision_moe.files import write_json
 
 _OURS = ("vision_moe", "mllm", "eval", "demo", "__main__")
 _PACKAGES = ("vision-moe", "torch", "transformers", "accelerate", "deepspeed", "peft", "lmms-eval", "numpy")
@@ -84,50 +81,6 @@ def write_environment(folder: Path) -> None:
     """Writes `environment.json` into the run's folder (rank 0 only)."""
     if int(os.environ.get("RANK", "0")) == 0:
         write_json(folder / "environment.json", environment())
-
-
-class MetricsCallback(TrainerCallback):
-    """Appends every log of the Trainer to `metrics.jsonl`; a resumed run first drops what it will log again."""
-
-    def __init__(self, folder: Path, stage: str) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.stage = stage
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not state.is_world_process_zero or not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if self._stays(line, state)]
-        write_text(self.path, "".join(line + "\n" for line in kept))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        entry = {"stage": self.stage, "step": state.global_step, "time": round(time.time(), 3), **logs}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def _stays(self, line: str, state: TrainerState) -> bool:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            # A killed process may have left half a line at the end; its step is logged again.
-            return False
-        return entry["stage"] != self.stage or entry["step"] <= state.global_step
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All entries of a `metrics.jsonl`, oldest first."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _commit() -> str | None:

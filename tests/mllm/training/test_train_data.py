@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mllm.train import run
 from vision_moe.config import write_yaml
-from vision_moe.tracking import read_metrics
+from vision_moe.metrics import read_metrics
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
