@@ -66,6 +66,8 @@ def run_dmu(runner: StageRunner, start: Path) -> dict[str, Path]:
             samples=stage_samples(config.mcl, len(runner.dataset)),
             labels_N=labels.labels_N if labels else None,
             ancestors=labels.ancestors if labels else (),
+            # Or else all experts would see the same batches and be equal; no two stages of any seeds share one.
+            shuffle_seed=config.seed * config.moe.num_experts + number if config.clustering.random_batches else None,
         )
         models[name] = previous = runner.run(stage, partial(AutoModel.from_pretrained, init))
     router = Stage(

@@ -95,7 +95,7 @@ class MCLConfig:
     """Clusters below a global batch: drop them (official code), or pool them under the finest label of an
     earlier stage that fills a batch, and mask the negatives across labels."""
     random_batches: bool = False
-    """Control: ignore the clusters and draw batches at random."""
+    """Control: ignore the clusters and draw batches at random, other ones in each stage."""
 
 
 def _all_losses() -> AuxLossWeights:

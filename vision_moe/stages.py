@@ -60,6 +60,8 @@ class Stage:
     """int64[N] accumulated labels: batches come from one label each."""
     ancestors: tuple[Tensor, ...] = ()
     """int64[N] each, coarser labels that small clusters back off to, the finest first."""
+    shuffle_seed: int | None = None
+    """Seed of random batches of their own, drawn by index; None takes the recipe's, and streams where the data are."""
 
 
 class StageRunner:
@@ -187,7 +189,8 @@ class StageRunner:
                 f"lower global_batch_size"
             )
         if stage.labels_N is None:
-            return EpochBatchSampler(len(self.dataset), batch, num_steps, seed, rank(), world_size())
+            own_seed = seed if stage.shuffle_seed is None else stage.shuffle_seed
+            return EpochBatchSampler(len(self.dataset), batch, num_steps, own_seed, rank(), world_size())
         small = self.config.clustering.small_clusters
         sizes = (batch, num_steps, seed, rank(), world_size())
         return ClusterBatchSampler(stage.labels_N, *sizes, small_clusters=small, ancestors=stage.ancestors)
@@ -195,7 +198,7 @@ class StageRunner:
     def _stream_loader(self, stage: Stage, checkpoint: str | None, collator: CaptionCollator) -> StreamLoader | None:
         """The loader of a stage that draws at random, where the data are streamed."""
         stream = self.data.stream
-        if stream is None or stage.labels_N is not None:
+        if stream is None or stage.labels_N is not None or stage.shuffle_seed is not None:
             return None
         return StreamLoader(
             stream,

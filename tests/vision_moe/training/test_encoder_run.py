@@ -150,14 +150,15 @@ def test_kill_9_in_every_stage_ends_as_an_unbroken_run(unbroken, flags, tmp_path
     assert_equal_runs(output, unbroken)
 
 
-def test_random_batches_cluster_nothing_and_a_run_may_leave_out_its_report(flags, tmp_path):
-    few = ["--methods", "[dmu]", "--moe.num_experts", "2", "--clustering.random_batches", "true", "--report", "false"]
+def test_random_batches_cluster_nothing_and_make_experts_that_differ(flags, tmp_path):
+    few = ["--methods", "[dmu]", "--moe.num_experts", "3", "--clustering.random_batches", "true", "--report", "false"]
     run(parse(TrainConfig, flags(tmp_path / "run", *few)))
     assert json.loads((tmp_path / "run" / "mcl1" / "stage.json").read_text())["cluster_batches"] is None
     assert not list((tmp_path / "run").glob("*/clusters.json"))
     assert not (tmp_path / "run" / "results.json").exists()
-    start, expert = weights(tmp_path / "run", "dense"), weights(tmp_path / "run", "mcl1")
-    assert any(not torch.equal(start[name], expert[name]) for name in start)
+    start, *experts = (weights(tmp_path / "run", stage) for stage in ("dense", "mcl1", "mcl2"))
+    for one, other in ((start, experts[0]), (start, experts[1]), experts):
+        assert any(not torch.equal(one[name], other[name]) for name in start)
 
 
 def test_another_recipe_in_the_same_folder_is_refused(unbroken, flags):
