@@ -16,7 +16,7 @@ from typing import Any
 from eval.arm_scores import Encoders, Hits, MeasureConfig, any_of, cached, load_all, measure, part_names, soup
 from eval.arms import ArmConfig, ArmRun, train
 from eval.experiment_report import render, summarize
-from eval.parallel_runs import train_all
+from eval.parallel_runs import RunsConfig, train_all
 from vision_moe.config import parse
 from vision_moe.files import write_json, write_text
 from vision_moe.interruption import says_how_to_go_on
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
+class ExperimentConfig(RunsConfig):
     """Arms, measures and seeds.
 
     Example:
@@ -51,22 +51,15 @@ class ExperimentConfig:
     """Pairs of rows of the report to compare, beside each row with the baseline: the second is taken from the first."""
     flags: list[str] = field(default_factory=list)
     """Flags of vision_moe.train for all arms, such as --model DIR."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """The first is the sweep's."""
-    num_processes: int = 1
-    """Processes of each training run."""
-    parallel_runs: int = 1
-    """Training runs at a time; each has its own `num_processes` GPUs as long as the machine has enough."""
     bf16: bool = False
     """Measure under bfloat16 autocast, as the recipes do at their end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.baseline not in self.arms:
             raise ValueError(f"baseline must be one of the arms {sorted(self.arms)}, but got {self.baseline!r}")
         if self.select not in self.measures:
             raise ValueError(f"select must be one of the measures {sorted(self.measures)}, but got {self.select!r}")
-        if not self.seeds:
-            raise ValueError("seeds is empty; name at least one")
         rows = {row for name, arm in self.arms.items() for row in _row_names(name, arm)}
         for pair in self.contrasts:
             if len(pair) != 2 or not set(pair) <= rows:

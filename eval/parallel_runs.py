@@ -3,12 +3,32 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 
 Run = TypeVar("Run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsConfig:
+    """What the training runs of an experiment share."""
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """One run for each; where something is swept, the first is the sweep's."""
+    num_processes: int = 1
+    """Processes of each training run."""
+    parallel_runs: int = 1
+    """Training runs at a time; each has its own `num_processes` GPUs as long as the machine has enough."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds is empty; name at least one")
+        for name in ("num_processes", "parallel_runs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
 
 
 def train_all(train: Callable[[Run, list[str]], None], runs: Sequence[Run], parallel_runs: int, gpus_each: int) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from eval.arm_scores import Hits, cached, summary
 from eval.arms import run_trainer
-from eval.parallel_runs import train_all
+from eval.parallel_runs import RunsConfig, train_all
 from eval.tables import table
 from eval.yes_no import YesNoConfig, ask
 from mllm.caption_loss import CaptionLossConfig, sample_losses
@@ -38,7 +38,7 @@ _LOSS, _BLANK, _MATCHING = "caption loss", "caption loss, blank photo", "matchin
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowerExperimentConfig:
+class TowerExperimentConfig(RunsConfig):
     """Towers, photos and seeds.
 
     Example:
@@ -63,22 +63,15 @@ class TowerExperimentConfig:
     """Photos of them to take; all if None."""
     questions: int = 2
     """Yes/no questions about each photo, half of them with yes."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """One run of each tower for each."""
-    num_processes: int = 1
-    """Processes of each training run."""
-    parallel_runs: int = 1
-    """Training runs at a time; each has its own `num_processes` GPUs as long as the machine has enough."""
     flags: list[str] = field(default_factory=list)
     """Further flags of mllm.train for all runs."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.baseline not in self.towers:
             raise ValueError(f"baseline must be one of the towers {sorted(self.towers)}, but got {self.baseline!r}")
         if self.questions < 2 or self.questions % 2:
             raise ValueError(f"questions must be an even number of at least 2, but got {self.questions}")
-        if not self.seeds:
-            raise ValueError("seeds is empty; name at least one")
 
 
 def main() -> None:

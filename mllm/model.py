@@ -133,8 +133,10 @@ class LlavaMoEForConditionalGeneration(LlavaForConditionalGeneration):
 
     @property
     def has_router_losses(self) -> bool:
-        """Whether the tower is a mixture that trains."""
-        return bool(getattr(self.config.vision_config, "moe_block_indices", ())) and self._tower_trains()
+        """Whether the tower is a mixture that trains, with router losses."""
+        tower = self.config.vision_config
+        is_mixture = bool(getattr(tower, "moe_block_indices", ()))
+        return is_mixture and tower.aux_loss_weights.any() and self._tower_trains()
 
     def _image_features(self, pixel_values: Tensor, router_step: RouterStep | None) -> BaseModelOutputWithPooling:
         if router_step is None:

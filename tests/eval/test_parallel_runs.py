@@ -5,7 +5,13 @@ import time
 
 import pytest
 
-from eval.parallel_runs import gpus_of, train_all
+from eval.parallel_runs import RunsConfig, gpus_of, train_all
+
+
+@pytest.mark.parametrize("name", ["num_processes", "parallel_runs"])
+def test_no_process_or_no_run_at_a_time_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, but got 0"):
+        RunsConfig(**{name: 0})
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,11 @@ def test_an_unfrozen_towers_aux_loss_counts_once(make_llava: Any, batch: Any) ->
     assert output.aux_loss > 0.1
 
 
+@pytest.mark.parametrize(("coefficient", "wanted"), [(0.01, True), (0.0, False)])
+def test_an_unfrozen_tower_without_coefficients_has_no_router_losses(make_llava: Any, coefficient, wanted) -> None:
+    assert make_llava("moe", router_aux_loss_coef=coefficient).has_router_losses is wanted
+
+
 def test_a_frozen_tower_has_no_aux_loss_and_stays_in_evaluation(make_llava: Any, batch: Any) -> None:
     model = make_llava("moe", router_aux_loss_coef=0.5)
     model.model.vision_tower.requires_grad_(False)

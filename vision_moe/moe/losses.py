@@ -170,6 +170,10 @@ class AuxLossWeights:
     global_entropy_min_experts: float | None = None
     """Its soft minimum S of experts in use (tau = log S); None = all."""
 
+    def any(self) -> bool:
+        """Whether any loss has a coefficient."""
+        return any((self.load_balance, self.z, self.importance, self.load, self.local_entropy, self.global_entropy))
+
 
 def aux_loss(
     router_logits_TE: Tensor,
