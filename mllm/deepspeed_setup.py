@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vision_moe.moe.layer import MoEMLP
+from vision_moe.zero import skip_inference_operator
 
 _FOLDER = Path(__file__).parent
 PACKAGED = ("zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -49,9 +50,7 @@ def init_deepspeed() -> None:
     if torch.cuda.is_available():
         deepspeed.init_distributed()
         return
-    # DeepSpeed would first compile an operator for over a minute that only its inference uses. Its table of usable
-    # operators is the place where one is switched off.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_inference_operator()
     deepspeed.init_distributed("gloo")
 
 

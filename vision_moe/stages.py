@@ -17,8 +17,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vision_moe.checkpoint import CheckpointMarker, last_checkpoint, write_folder
 from vision_moe.data.captions import CaptionDataset
+from vision_moe.data.cluster_sampler import ClusterBatchSampler
 from vision_moe.data.collate import CaptionCollator
-from vision_moe.data.sampler import ClusterBatchSampler, EpochBatchSampler
+from vision_moe.data.sampler import EpochBatchSampler
 from vision_moe.data.stream_loader import StreamLoader, load_state
 from vision_moe.distributed import barrier, is_main, rank, sum_over_ranks, world_size
 from vision_moe.ema import EMACallback

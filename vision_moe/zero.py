@@ -65,7 +65,7 @@ def deepspeed_settings(name: str, *, bf16: bool) -> dict[str, Any]:
         ValueError: no launcher has started this process.
     """
     try:
-        import deepspeed
+        import deepspeed  # noqa: F401
     except ImportError as error:
         raise ModuleNotFoundError('DeepSpeed is missing: pip install "vision-moe[mllm]", or deepspeed: null') from error
     if "RANK" not in os.environ:
@@ -74,9 +74,7 @@ def deepspeed_settings(name: str, *, bf16: bool) -> dict[str, Any]:
             "vision_moe.train ..., or set deepspeed to null"
         )
     if not torch.cuda.is_available():
-        # It would first compile an operator for over a minute that only its inference uses. Its table of usable
-        # operators is the place where one is switched off.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        skip_inference_operator()
     file = _FOLDER / "zero.json" if name in NAMES else Path(name)
     if not file.is_file():
         raise FileNotFoundError(f"deepspeed must be one of {', '.join(NAMES)} or a JSON file, but got {name!r}")
@@ -84,6 +82,14 @@ def deepspeed_settings(name: str, *, bf16: bool) -> dict[str, Any]:
     if name in NAMES:
         settings["zero_optimization"]["stage"] = int(name[-1])
     return {"torch_autocast": {"enabled": bf16, "dtype": "bfloat16"}, **settings}
+
+
+def skip_inference_operator() -> None:
+    """Keeps DeepSpeed on CPU ranks from compiling, for over a minute, an operator that only its inference uses."""
+    import deepspeed
+
+    # Its table of usable operators is the place where one is switched off.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def scalars_as_vectors(model: nn.Module) -> list[str]:

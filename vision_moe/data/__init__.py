@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vision_moe.data.captions import CaptionDataset, open_captions
+    from vision_moe.data.cluster_sampler import ClusterBatchSampler
     from vision_moe.data.collate import CaptionCollator
-    from vision_moe.data.sampler import ClusterBatchSampler, EpochBatchSampler
+    from vision_moe.data.sampler import EpochBatchSampler
 
 _HOMES = {"CaptionDataset": "captions", "open_captions": "captions", "CaptionCollator": "collate"}
-_HOMES |= {"ClusterBatchSampler": "sampler", "EpochBatchSampler": "sampler"}
+_HOMES |= {"ClusterBatchSampler": "cluster_sampler", "EpochBatchSampler": "sampler"}
 __all__ = ["CaptionCollator", "CaptionDataset", "ClusterBatchSampler", "EpochBatchSampler", "open_captions"]
 
 

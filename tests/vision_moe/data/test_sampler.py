@@ -8,7 +8,8 @@ import torch
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
-from vision_moe.data.sampler import ClusterBatchSampler, EpochBatchSampler
+from vision_moe.data.cluster_sampler import ClusterBatchSampler
+from vision_moe.data.sampler import EpochBatchSampler
 
 # 23 samples in clusters of 9, 8, 4 and 2; labels with gaps, as accumulated labels have.
 _SHUFFLE = torch.randperm(23, generator=torch.Generator().manual_seed(0))
