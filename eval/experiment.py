@@ -4,7 +4,8 @@
 
 Every arm is swept on the first seed by one measure (on pictures of their own), then run at its best learning rate on
 the other seeds. `report.md` has every other measure's mean over the seeds, and its difference to the baseline arm,
-paired picture by picture. Started again, it goes on where it stopped.
+paired picture by picture; `report.png` draws those of the start and the arms. Started again, it goes on where it
+stopped.
 """
 
 import logging
@@ -15,11 +16,12 @@ from typing import Any
 
 from eval.arm_scores import Encoders, Hits, MeasureConfig, any_of, cached, load_all, measure, part_names, soup
 from eval.arms import ArmConfig, ArmRun, train
-from eval.experiment_report import render, summarize
+from eval.experiment_report import render, summarize, trained_rows
 from eval.parallel_runs import RunsConfig, train_all
 from vision_moe.config import parse
 from vision_moe.files import write_json, write_text
 from vision_moe.interruption import says_how_to_go_on
+from vision_moe.plots import plot_differences
 from vision_moe.tracking import environment, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,8 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     }
     write_json(config.output / "results.json", results)
     write_text(config.output / "report.md", render(results))
+    if compared := trained_rows(results):
+        plot_differences(compared, config.output / "report.png", baseline=config.baseline)
     logger.info("report: %s", config.output / "report.md")
     return results
 

@@ -63,6 +63,19 @@ def render(results: dict[str, Any]) -> str:
     return "# Experiment\n\n" + "\n\n".join(blocks) + "\n"
 
 
+def trained_rows(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, tuple[float, float]]]]:
+    """Difference to the baseline and its interval, by row and measure: of the other arms and of the start.
+
+    What is made of an arm's experts is left out: an oracle's distance would squeeze all others.
+    """
+    names = [row for row in ("start", *results["learning_rates"]) if row in results["rows"]]
+    return {
+        row: {name: (of["difference"], tuple(of["interval"])) for name, of in results["rows"][row].items()}
+        for row in names
+        if row != results["baseline"]
+    }
+
+
 def _row(found: list[Hits], baseline: list[Hits], parts: Sequence[str]) -> dict[str, Any]:
     mean, base = mean_of(found), mean_of(baseline)
     intervals = bootstrap_ratio_intervals(mean.hits - base.hits, mean.questions, seed=0)

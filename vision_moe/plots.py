@@ -1,4 +1,4 @@
-"""Plots of reports: training curves, expert utilization, accuracy per factor; each one whole PNG.
+"""Plots of reports: training curves, expert utilization, accuracy per factor, differences; each one whole PNG.
 
 The object-oriented interface of matplotlib throughout: pyplot keeps global state and picks a GUI backend.
 """
@@ -113,6 +113,39 @@ def plot_factors(
     panel.set(xticks=positions, xticklabels=factors, ylabel="accuracy, %", ylim=(0, 100))
     _plain(panel)
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, output)
+
+
+def plot_differences(
+    rows: Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]], output: Path, *, baseline: str
+) -> None:
+    """Draws differences to a baseline with their intervals: one panel per measure, one line per row.
+
+    Args:
+        rows: difference and its interval, as shares, by row and measure; every row must have the same measures.
+        output: PNG to write.
+        baseline: what the rows are compared with, for the axes.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    if not rows:
+        raise ValueError("got no rows; pass {row: {measure: (difference, (low, high))}}")
+    measures = list(next(iter(rows.values())))
+    size = (2.2 + 2.3 * len(measures), 1.0 + 0.3 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    for panel, measure in zip(np.atleast_1d(figure.subplots(1, len(measures), sharey=True)), measures, strict=True):
+        panel.axvline(0, color="#222222", linewidth=0.8)
+        for index, row in enumerate(rows.values()):
+            difference, interval = row[measure]
+            color = COLORS[index % len(COLORS)]
+            panel.plot([100 * end for end in interval], [index, index], color=color, linewidth=2)
+            panel.plot(100 * difference, index, "o", color=color, markersize=5)
+        panel.set(title=measure, xlabel=f"above {baseline}, points", yticks=range(len(rows)), yticklabels=rows)
+        panel.title.set_fontsize(10)
+        _plain(panel)
+    # The axis is shared: the first row stands on top of every panel.
+    panel.invert_yaxis()
     _save(figure, output)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModel
 from eval.arm_scores import Encoders, Hits, MeasureConfig, any_of, load_all, measure, soup
 from eval.arms import ArmConfig, ArmRun
 from eval.experiment import ExperimentConfig, run
+from eval.experiment_report import trained_rows
 from vision_moe.config import parse
 from vision_moe.data.captions import open_captions
 from vision_moe.data.scenes import ScenesArguments, generate
@@ -87,6 +88,16 @@ def test_best_rate_is_run_on_every_seed_and_differences_are_paired(tmp_path):
     assert "| dmu | 62.5 ± 17.7 | 37.5 [" in report
     assert "| dmu above direct | 37.5 [" in report
     assert "| dmu | 62.5, 37.5 [" in report
+    assert trained_rows(results) == {"dmu": {"asked": (row["difference"], tuple(row["interval"]))}}
+    assert (tmp_path / "report.png").is_file()
+
+
+def test_one_arm_alone_has_nothing_to_draw(tmp_path):
+    arms = {"direct": arm("direct", [1e-3])}
+    finished(tmp_path, ArmRun("direct", arms["direct"], 1e-3, 0), [1, 0])
+    run(config(Path("unread"), tmp_path, arms, seeds=[0]))
+    assert (tmp_path / "report.md").is_file()
+    assert not (tmp_path / "report.png").exists()
 
 
 def test_a_contrast_of_unknown_rows_is_refused(tmp_path):

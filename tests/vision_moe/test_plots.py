@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vision_moe.plots import COLORS, plot_curves, plot_factors, plot_utilization
+from vision_moe.plots import COLORS, plot_curves, plot_differences, plot_factors, plot_utilization
 
 
 def _metrics(path: Path, stages: list[str]) -> Path:
@@ -45,6 +45,19 @@ def test_factor_bars_stand_as_high_as_the_accuracy(tmp_path: Path) -> None:
 def test_factor_rows_must_hold_the_same_factors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'b' has factors \['size'\]"):
         plot_factors({"a": {"shape": 1.0}, "b": {"size": 1.0}}, tmp_path / "f.png")
+
+
+def test_a_difference_is_drawn_as_long_as_its_interval(tmp_path: Path) -> None:
+    rows = {"a": {"kept": (0.0, (-0.02, 0.02))}, "b": {"kept": (0.0, (-0.04, 0.04))}}
+    plot_differences(rows, tmp_path / "d.png", baseline="direct")
+    areas = [_share_of_color(tmp_path / "d.png", color) for color in COLORS[:2]]
+    # Each line carries the same round mark.
+    assert 1.5 < areas[1] / areas[0] < 2.0
+
+
+def test_differences_without_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got no rows"):
+        plot_differences({}, tmp_path / "d.png", baseline="direct")
 
 
 def test_utilization_refuses_an_unknown_share(tmp_path: Path) -> None:
